@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The operations of ssmk.h called from C99: each on small data, compared with the formula as plain
+ * loops.  Prints one line an operation; exits with 1 if a number is wrong.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <ssmk.h>
+
+static int failures = 0;
+
+/* Numbers in [-1, 1], the same everywhere. */
+static uint32_t seed = 1;
+static float next(void) {
+  seed = seed * 1664525u + 1013904223u;
+  return (float)(seed >> 8) / 8388608.0f - 1.0f;
+}
+static void fill(float *values, int count) {
+  for (int i = 0; i < count; ++i) values[i] = next();
+}
+
+static double softplus(double x) { return x > 20 ? x : log1p(exp(x)); }
+static double silu(double x) { return x / (1 + exp(-x)); }
+
+typedef struct Tensor {
+  DLTensor t;
+  int64_t shape[5];
+} Tensor;
+
+/* A compact tensor on the CPU. */
+static DLTensor *tensor(Tensor *to, void *data, uint8_t code, uint8_t bits, int ndim,
+                        const int64_t *shape) {
+  memset(to, 0, sizeof *to);
+  memcpy(to->shape, shape, (size_t)ndim * sizeof *shape);
+  to->t.data = data;
+  to->t.device.device_type = kDLCPU;
+  to->t.ndim = ndim;
+  to->t.dtype.code = code;
+  to->t.dtype.bits = bits;
+  to->t.dtype.lanes = 1;
+  to->t.shape = to->shape;
+  return &to->t;
+}
+#define SIZES(...) ((const int64_t[]){__VA_ARGS__})
+#define FLOATS(to, data, ndim, ...) tensor(to, data, kDLFloat, 32, ndim, SIZES(__VA_ARGS__))
+#define INDICES(to, data, ndim, ...) tensor(to, data, kDLInt, 64, ndim, SIZES(__VA_ARGS__))
+
+static void compare(const char *what, const float *got, const double *want, int count) {
+  double largest = 0, error = 0;
+  for (int i = 0; i < count; ++i) {
+    const double difference = fabs(got[i] - want[i]);
+    if (fabs(want[i]) > largest) largest = fabs(want[i]);
+    if (!(difference <= error)) error = difference == difference ? difference : HUGE_VAL; /* NaN */
+  }
+  const int good = error <= 2e-5 * largest;
+  printf("%-40s %s (error %.1e of the largest value)\n", what, good ? "ok" : "WRONG",
+         error / largest);
+  failures += !good;
+}
+
+static int succeeded(const char *what, ssmk_status status) {
+  if (status == SSMK_OK) return 1;
+  printf("%-40s %s: %s\n", what, ssmk_status_name(status), ssmk_last_error());
+  ++failures;
+  return 0;
+}
+
+enum { BATCH = 2, DIM = 6, SEQLEN = 9, GROUPS = 2, DSTATE = 5 };
+
+static void selective_scan(void) {
+  static float x[BATCH][DIM][SEQLEN], dt[BATCH][DIM][SEQLEN], z[BATCH][DIM][SEQLEN];
+  static float A[DIM][DSTATE], D[DIM], bias[DIM], out[BATCH][DIM][SEQLEN];
+  static float B[BATCH][GROUPS][DSTATE][SEQLEN], C[BATCH][GROUPS][DSTATE][SEQLEN];
+  static float final[BATCH][DIM][DSTATE];
+  static double want[BATCH][DIM][SEQLEN], state[BATCH][DIM][DSTATE];
+  fill(&x[0][0][0], BATCH * DIM * SEQLEN);
+  fill(&dt[0][0][0], BATCH * DIM * SEQLEN);
+  fill(&z[0][0][0], BATCH * DIM * SEQLEN);
+  fill(&B[0][0][0][0], BATCH * GROUPS * DSTATE * SEQLEN);
+  fill(&C[0][0][0][0], BATCH * GROUPS * DSTATE * SEQLEN);
+  fill(D, DIM);
+  fill(bias, DIM);
+  for (int i = 0; i < DIM * DSTATE; ++i) (&A[0][0])[i] = -1.0f - next() / 2;
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int d = 0; d < DIM; ++d)
+      for (int t = 0; t < SEQLEN; ++t) {
+        const double step = softplus((double)dt[b][d][t] + bias[d]);
+        double y = (double)D[d] * x[b][d][t];
+        for (int n = 0; n < DSTATE; ++n) {
+          const int g = d / (DIM / GROUPS);
+          state[b][d][n] = exp(step * A[d][n]) * state[b][d][n] + step * x[b][d][t] * B[b][g][n][t];
+          y += state[b][d][n] * C[b][g][n][t];
+        }
+        want[b][d][t] = y * silu(z[b][d][t]);
+      }
+
+  Tensor tx, tdt, tA, tB, tC, tD, tz, tbias, tout, tfinal;
+  ssmk_selective_scan_args args = {
+      .size = sizeof args,
+      .x = FLOATS(&tx, x, 3, BATCH, DIM, SEQLEN),
+      .dt = FLOATS(&tdt, dt, 3, BATCH, DIM, SEQLEN),
+      .A = FLOATS(&tA, A, 2, DIM, DSTATE),
+      .B = FLOATS(&tB, B, 4, BATCH, GROUPS, DSTATE, SEQLEN),
+      .C = FLOATS(&tC, C, 4, BATCH, GROUPS, DSTATE, SEQLEN),
+      .D = FLOATS(&tD, D, 1, DIM),
+      .z = FLOATS(&tz, z, 3, BATCH, DIM, SEQLEN),
+      .dt_bias = FLOATS(&tbias, bias, 1, DIM),
+      .out = FLOATS(&tout, out, 3, BATCH, DIM, SEQLEN),
+      .final_states = FLOATS(&tfinal, final, 3, BATCH, DIM, DSTATE),
+      .dt_softplus = 1,
+  };
+  uint64_t scratch = 1;
+  const ssmk_status asked = ssmk_selective_scan_workspace(&args, &scratch);
+  if (!succeeded("selective_scan_workspace", asked)) return;
+  if (scratch > 0) {
+    printf("selective_scan wants a workspace of %lu bytes\n", (unsigned long)scratch);
+    ++failures;
+  }
+  if (!succeeded("selective_scan", ssmk_selective_scan(&args))) return;
+  compare("selective_scan: out", &out[0][0][0], &want[0][0][0], BATCH * DIM * SEQLEN);
+  compare("selective_scan: final_states", &final[0][0][0], &state[0][0][0], BATCH * DIM * DSTATE);
+}
+
+enum { HEADS = 4, HEADDIM = 3, ENTRIES = 5 };
+
+static void state_update(void) {
+  static float pool[ENTRIES][HEADS][HEADDIM][DSTATE];
+  static float x[BATCH][HEADS][HEADDIM], out[BATCH][HEADS][HEADDIM], dt[BATCH][HEADS];
+  static float A[HEADS], D[HEADS], B[BATCH][GROUPS][DSTATE], C[BATCH][GROUPS][DSTATE];
+  static double want[BATCH][HEADS][HEADDIM], state[ENTRIES][HEADS][HEADDIM][DSTATE];
+  static int64_t slots[BATCH] = {3, 0};
+  fill(&pool[0][0][0][0], ENTRIES * HEADS * HEADDIM * DSTATE);
+  fill(&x[0][0][0], BATCH * HEADS * HEADDIM);
+  fill(&dt[0][0], BATCH * HEADS);
+  fill(&B[0][0][0], BATCH * GROUPS * DSTATE);
+  fill(&C[0][0][0], BATCH * GROUPS * DSTATE);
+  fill(D, HEADS);
+  for (int h = 0; h < HEADS; ++h) A[h] = -1.0f - next() / 2;
+  for (int i = 0; i < ENTRIES * HEADS * HEADDIM * DSTATE; ++i)
+    (&state[0][0][0][0])[i] = (&pool[0][0][0][0])[i];
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int h = 0; h < HEADS; ++h)
+      for (int p = 0; p < HEADDIM; ++p) {
+        const double step = softplus(dt[b][h]);
+        double y = (double)D[h] * x[b][h][p];
+        for (int n = 0; n < DSTATE; ++n) {
+          const int g = h / (HEADS / GROUPS);
+          double *const s = &state[slots[b]][h][p][n];
+          *s = exp(step * A[h]) * *s + step * x[b][h][p] * B[b][g][n];
+          y += *s * C[b][g][n];
+        }
+        want[b][h][p] = y;
+      }
+
+  Tensor tstate, tx, tdt, tA, tB, tC, tD, tslots, tout;
+  const ssmk_state_update_args args = {
+      .size = sizeof args,
+      .state = FLOATS(&tstate, pool, 4, ENTRIES, HEADS, HEADDIM, DSTATE),
+      .x = FLOATS(&tx, x, 3, BATCH, HEADS, HEADDIM),
+      .dt = FLOATS(&tdt, dt, 2, BATCH, HEADS),
+      .A = FLOATS(&tA, A, 1, HEADS),
+      .B = FLOATS(&tB, B, 3, BATCH, GROUPS, DSTATE),
+      .C = FLOATS(&tC, C, 3, BATCH, GROUPS, DSTATE),
+      .D = FLOATS(&tD, D, 1, HEADS),
+      .state_indices = INDICES(&tslots, slots, 1, BATCH),
+      .out = FLOATS(&tout, out, 3, BATCH, HEADS, HEADDIM),
+      .dt_softplus = 1,
+  };
+  if (!succeeded("state_update", ssmk_state_update(&args))) return;
+  compare("state_update: out", &out[0][0][0], &want[0][0][0], BATCH * HEADS * HEADDIM);
+  compare("state_update: state", &pool[0][0][0][0], &state[0][0][0][0],
+          ENTRIES * HEADS * HEADDIM * DSTATE);
+}
+
+enum { WIDTH = 4, STATE_LEN = WIDTH - 1, MORE = 2 };
+
+/* SEQLEN tokens of prefill, then MORE tokens of decode on the state that it left. */
+static void convolutions(void) {
+  static float x[BATCH][DIM][SEQLEN], more[BATCH][DIM][MORE], weight[DIM][WIDTH], bias[DIM];
+  static float out[BATCH][DIM][SEQLEN], out_more[BATCH][DIM][MORE], states[BATCH][DIM][STATE_LEN];
+  static double want[BATCH][DIM][SEQLEN], want_more[BATCH][DIM][MORE];
+  static double want_states[BATCH][DIM][STATE_LEN];
+  fill(&x[0][0][0], BATCH * DIM * SEQLEN);
+  fill(&more[0][0][0], BATCH * DIM * MORE);
+  fill(&weight[0][0], DIM * WIDTH);
+  fill(bias, DIM);
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int d = 0; d < DIM; ++d) {
+      double inputs[STATE_LEN + SEQLEN + MORE] = {0};
+      for (int t = 0; t < SEQLEN; ++t) inputs[STATE_LEN + t] = x[b][d][t];
+      for (int t = 0; t < MORE; ++t) inputs[STATE_LEN + SEQLEN + t] = more[b][d][t];
+      for (int t = 0; t < SEQLEN + MORE; ++t) {
+        double y = bias[d];
+        for (int w = 0; w < WIDTH; ++w) y += weight[d][w] * inputs[t + w];
+        *(t < SEQLEN ? &want[b][d][t] : &want_more[b][d][t - SEQLEN]) = silu(y);
+      }
+      for (int s = 0; s < STATE_LEN; ++s) want_states[b][d][s] = inputs[SEQLEN + MORE + s];
+    }
+
+  Tensor tx, tmore, tweight, tbias, tout, tout_more, tstates;
+  const ssmk_causal_conv1d_args prefill = {
+      .size = sizeof prefill,
+      .x = FLOATS(&tx, x, 3, BATCH, DIM, SEQLEN),
+      .weight = FLOATS(&tweight, weight, 2, DIM, WIDTH),
+      .bias = FLOATS(&tbias, bias, 1, DIM),
+      .out = FLOATS(&tout, out, 3, BATCH, DIM, SEQLEN),
+      .final_states = FLOATS(&tstates, states, 3, BATCH, DIM, STATE_LEN),
+      .activation = SSMK_ACTIVATION_SILU,
+  };
+  if (!succeeded("causal_conv1d", ssmk_causal_conv1d(&prefill))) return;
+  compare("causal_conv1d: out", &out[0][0][0], &want[0][0][0], BATCH * DIM * SEQLEN);
+
+  const ssmk_causal_conv1d_update_args decode = {
+      .size = sizeof decode,
+      .x = FLOATS(&tmore, more, 3, BATCH, DIM, MORE),
+      .conv_state = &tstates.t,
+      .weight = &tweight.t,
+      .bias = &tbias.t,
+      .out = FLOATS(&tout_more, out_more, 3, BATCH, DIM, MORE),
+      .activation = SSMK_ACTIVATION_SILU,
+  };
+  if (!succeeded("causal_conv1d_update", ssmk_causal_conv1d_update(&decode))) return;
+  compare("causal_conv1d_update: out", &out_more[0][0][0], &want_more[0][0][0],
+          BATCH * DIM * MORE);
+  compare("causal_conv1d_update: conv_state", &states[0][0][0], &want_states[0][0][0],
+          BATCH * DIM * STATE_LEN);
+}
+
+/* What cannot work is refused, and the message tells why. */
+static void refusals(void) {
+  float number = 0;
+  Tensor x;
+  ssmk_causal_conv1d_args args = {.size = sizeof args, .x = FLOATS(&x, &number, 3, 1, 1, 1)};
+  const int refused =
+      ssmk_causal_conv1d(&args) == SSMK_INVALID_ARGUMENT && strstr(ssmk_last_error(), "weight");
+  const ssmk_ssd_chunk_args ssd = {.size = sizeof ssd};
+  const int absent = ssmk_ssd_chunk(&ssd) != SSMK_OK && strstr(ssmk_last_error(), "ssd_chunk");
+  const int about = ssmk_version() >> 16 == SSMK_VERSION_MAJOR &&
+                    ssmk_device_count(kDLCPU) == 1 && ssmk_backend_built(kDLCPU) == 1 &&
+                    ssmk_num_threads() >= 1 && ssmk_cpu_isa()[0];
+  printf("%-40s %s\n", "refusals", refused && absent ? "ok" : "WRONG");
+  printf("%-40s %s (%s, %d threads)\n", "the library itself", about ? "ok" : "WRONG",
+         ssmk_cpu_isa(), (int)ssmk_num_threads());
+  failures += !(refused && absent) + !about;
+}
+
+int main(void) {
+  selective_scan();
+  state_update();
+  convolutions();
+  refusals();
+  return failures != 0;
+}

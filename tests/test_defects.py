@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""Defects of other implementations of these operations, each a regression test here.
+
+The list was made by reading state-spaces/mamba 2.3.2.post1 and causal-conv1d 1.6.1; the numbers are
+its own.  Those of operations that are not built yet come with them.
+"""
+
+import numpy as np
+import pytest
+
+import cases_conv
+import cases_scan
+import cases_update
+import reference
+from cases import BF16, F16, F32, assert_close, assert_same_bits, normal, uniform
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["mamba1", "mamba2"])
+@pytest.mark.parametrize("missing", [("D",), ("dt_bias",), ("D", "dt_bias", "z")], ids=str)
+def test_8_state_update_without_D_or_dt_bias(ops, rng, heads, missing):
+    has = tuple(n for n in ("D", "z", "dt_bias") if n not in missing)
+    cases_update.check(ops, rng, cases_update.Update(3, None, heads, has=has))
+
+
+def test_8_state_update_offsets_of_int32_indices_do_not_overflow(ops, rng):
+    """slot * stride passes 2^31 although both are int32; the memory between is never touched."""
+    stride = 2**28
+    try:
+        memory = np.empty(9 * stride, BF16)
+    except MemoryError:
+        pytest.skip("this system does not reserve memory that it may not have")
+    pool = np.lib.stride_tricks.as_strided(memory, (9, 4, 16), (stride * 2, 16 * 2, 2))
+    a = cases_update.make(rng, cases_update.Update(2, None, False, 1, 4, 16))
+    for slot in (0, 8):
+        pool[slot] = normal(rng, (4, 16), BF16)
+    want = reference.state_update(pool[[0, 8]].copy(), **a, state_indices=[1, 0])
+    out = ops.state_update(pool, **a, state_indices=np.array([8, 0], np.int32))
+    assert_close(out, want.out)
+    assert_close(pool[[0, 8]], want.states["state"], "state")
+
+
+TINY = pytest.mark.parametrize("dt", (-15.0, -17.0, -30.0, -80.0))
+
+
+@TINY
+def test_9_softplus_keeps_small_dt_in_prefill(ops, rng, dt):
+    """log(exp(x) + 1) is 17 % off at -15, 0 at -17; the small dt is all there is in the results."""
+    a = cases_scan.make(rng, cases_scan.Scan(2, 6, 9, 8, has=(), initial=False))
+    a["dt"] = np.full_like(a["dt"], dt)
+    want, want_state = reference.selective_scan(**a)
+    out, state = ops.selective_scan(**a, return_final_states=True)
+    assert_close(out, want)
+    assert_close(state, want_state, "final_states")
+    assert (state != 0).all()
+
+
+@TINY
+def test_9_softplus_keeps_small_dt_in_decode(ops, rng, dt):
+    for heads in (False, True):
+        a = cases_update.make(rng, cases_update.Update(2, 3, heads, has=()))
+        a["dt"] = np.full_like(a["dt"], dt)
+        shape = (2, 4, 8, 16) if heads else (2, 32, 16)
+        want = reference.state_update(np.zeros(shape), **a)
+        out, state = cases_update.run(ops, a, np.zeros(shape, F32))
+        assert_close(out, want.out)
+        assert_close(state, want.states["state"], "state")
+
+
+def test_9_softplus_over_its_whole_range(ops, rng):
+    """The state after one token from zero, with x = B = 1, is dt' itself: each one is judged."""
+    dt = np.concatenate(
+        [np.linspace(-85, 60, 4001), 20 + np.linspace(-1e-4, 1e-4, 41), [-1e-30, 0.0]]
+    ).astype(F32)
+    one = np.ones((1, dt.size, 1), F32)
+    coefficient = np.ones((dt.size, 1), F32)
+    _, state = ops.selective_scan(
+        one, dt.reshape(one.shape), -coefficient, coefficient, coefficient, dt_softplus=True,
+        return_final_states=True,
+    )
+    want = reference.softplus(dt.astype(np.float64))
+    assert (np.abs(state.reshape(-1) / want - 1) < 1e-6).all()
+    state = np.zeros((1, dt.size, 1), F32)
+    ops.state_update(
+        state, one[..., 0], dt[None], -coefficient, one[:, 0], one[:, 0], dt_softplus=True
+    )
+    assert (np.abs(state.reshape(-1) / want - 1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("complex_a", [False, True])
+@pytest.mark.parametrize("C_kind", ("grouped", "constant"))
+def test_10_final_state_of_constant_B_holds_B(ops, rng, complex_a, C_kind):
+    p = cases_scan.Scan(
+        2, 6, 9, 8, B_kind="constant", C_kind=C_kind, complex_a=complex_a, initial=False
+    )
+    a = cases_scan.make(rng, p)
+    _, once = ops.selective_scan(**a, return_final_states=True)
+    _, twice = ops.selective_scan(**{**a, "B": a["B"] * 2}, return_final_states=True)
+    assert_close(once, reference.selective_scan(**a)[1], "final_states")
+    assert_close(twice, 2 * reference.wide(once), "final_states")
+
+
+def test_13_pads_reach_nothing(ops, rng):
+    """A pad, whatever it holds, gives 0 and changes neither another token's output nor a state."""
+    ids = np.array([[-1, 0, 0, -1, 1, 1, -1, -1], [-1] * 8])
+    a = cases_scan.make(rng, cases_scan.Scan(2, 6, 8, 8))
+    a["seq_idx"] = ids
+    c = cases_conv.make(rng, cases_conv.Conv(2, 6, 8))
+    c["seq_idx"] = ids
+    real = ids[0] >= 0
+    for poison in (np.nan, np.inf, 1e30):
+        for operation, args, names in (
+            (ops.selective_scan, a, ("x", "dt", "B", "C", "z")),
+            (ops.causal_conv1d, c, ("x",)),
+        ):
+            want = operation(**args, return_final_states=True)
+            dirty = {}
+            for name in names:
+                dirty[name] = args[name].copy()
+                dirty[name][0, ..., ~real] = poison
+                dirty[name][1] = poison
+            out, states = operation(**{**args, **dirty}, return_final_states=True)
+            assert_same_bits(out, want[0])
+            assert_same_bits(states, want[1], "final_states")
+            assert (out[0][:, ~real] == 0).all() and (out[1] == 0).all()
+            assert_same_bits(states[1], args["initial_states"][1], "state of the row of pads")
+
+
+def test_15_limits_of_dt_hold_in_decode_as_in_prefill(ops, rng):
+    a = cases_scan.make(rng, cases_scan.Scan(3, 6, 1, 8, channels_last=True, dt_limit=(0.3, 0.4)))
+    out, final = ops.selective_scan(**a, return_final_states=True)
+    state = a["initial_states"].copy()
+    one = {
+        k: v[:, 0] if k in ("x", "dt", "B", "C", "z") else v
+        for k, v in a.items()
+        if k not in ("initial_states", "channels_last")
+    }
+    got = ops.state_update(state, **one)
+    assert_close(got, reference.wide(out)[:, 0])
+    assert_close(state, reference.wide(final), "state")
+    unlimited = ops.state_update(a["initial_states"].copy(), **{**one, "dt_limit": None})
+    assert np.abs(unlimited - got).max() > 0.01
+
+
+@pytest.mark.parametrize("complex_a", [False, True])
+def test_16_growing_states_are_computed_as_written_in_prefill(ops, rng, complex_a):
+    a = cases_scan.make(
+        rng, cases_scan.Scan(2, 6, 30, 8, complex_a=complex_a, softplus=False, has=("D", "z"))
+    )
+    a["A"] = (-a["A"]).astype(a["A"].dtype)
+    a["dt"] = uniform(rng, 0.001, 0.1, a["dt"].shape)
+    want, want_final = reference.selective_scan(**a)
+    out, final = ops.selective_scan(**a, return_final_states=True)
+    assert_close(out, want)
+    assert_close(final, want_final, "final_states")
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["mamba1", "mamba2"])
+def test_16_growing_states_are_computed_as_written_in_decode(ops, rng, heads):
+    p = cases_update.Update(2, 4, heads)
+    a, state = cases_update.make(rng, p), cases_update.pools(rng, p, {})["state"].array
+    a["A"] = -a["A"]
+    want = reference.state_update(state, **a)
+    out, state = cases_update.run(ops, a, state)
+    assert_close(out, want.out)
+    assert_close(state, want.states["state"], "state")
+
+
+# Where the references disagree with one another
+
+
+@pytest.mark.parametrize("pad", (-1, 3))
+def test_pad_rows_give_zeros_not_the_output_of_a_zero_state(ops, rng, pad):
+    """With D and z: what a zero state would give is D x silu(z)."""
+    for heads in (False, True):
+        a = cases_update.make(rng, cases_update.Update(3, 2, heads))
+        a["state_indices"] = np.array([0, pad, 2])
+        state = normal(rng, (4, 4, 8, 16) if heads else (4, 32, 16))
+        out, after = cases_update.run(ops, a, state, pad_slot=3)
+        assert (out[1] == 0).all() and (out[[0, 2]] != 0).any()
+        assert_same_bits(after[[1, 3]], state[[1, 3]], "slots of nobody")
+    c, placed = cases_conv.make_update(rng, cases_conv.ConvUpdate(3, 2, pool=4))
+    c["state_indices"] = np.array([0, pad, 2])
+    out, after = cases_conv.run_update(ops, c, placed.array, pad_slot=3)
+    assert (out[1] == 0).all() and (out[[0, 2]] != 0).any()
+    assert_same_bits(after[[1, 3]], placed.array[[1, 3]], "slots of nobody")
+
+
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_output_comes_from_the_unrounded_state(ops, rng, dtype):
+    """x is below the state's rounding: the stored state does not change, the output shows it."""
+    for heads in (False, True):
+        p = cases_update.Update(2, None, heads, has=(), softplus=False)
+        a = cases_update.make(rng, p)
+        shape = (2, 4, 8, 16) if heads else (2, 32, 16)
+        state = np.ones(shape, dtype)
+        a["A"] = np.zeros_like(a["A"])
+        a["dt"] = np.ones_like(a["dt"])
+        a["x"] = np.full_like(a["x"], 1e-4)
+        a["B"], a["C"] = np.ones_like(a["B"]), np.ones_like(a["C"])
+        out, after = cases_update.run(ops, a, state)
+        assert_same_bits(after, state, "state")
+        np.testing.assert_allclose(out, 16 * 1.0001, rtol=1e-6)
+        wide = {**a, "x": np.broadcast_to(a["x"][:, None], (2, 5, *a["x"].shape[1:]))}
+        wide["dt"] = np.broadcast_to(a["dt"][:, None], (2, 5, *a["dt"].shape[1:]))
+        for name in ("B", "C"):
+            wide[name] = np.broadcast_to(a[name][:, None], (2, 5, *a[name].shape[1:]))
+        out, _ = cases_update.run(ops, wide, state)
+        np.testing.assert_allclose(out[:, 4], 16 * 1.0005, rtol=1e-6)
+
+
+def test_final_states_are_rounded_once(ops, rng):
+    """To nearest even: the states of a 16-bit call are those of a float32 call, rounded."""
+    for dtype in (F16, BF16):
+        a = cases_scan.make(rng, cases_scan.Scan(2, 6, 30, 16))
+        final = np.empty(a["initial_states"].shape, dtype)
+        ops.selective_scan(**a, final_states=final)
+        _, precise = ops.selective_scan(**a, return_final_states=True)
+        assert_same_bits(final, precise.astype(dtype), "final_states")
+        p = cases_update.Update(2, 3)
+        u, state = (
+            cases_update.make(rng, p),
+            cases_update.pools(rng, p, {})["state"].array.astype(dtype),
+        )
+        _, after = cases_update.run(ops, u, state)
+        _, precise = cases_update.run(ops, u, state.astype(F32))
+        assert_same_bits(after, precise.astype(dtype), "state")
+
+
+def test_a_packed_border_selects_it_does_not_multiply(ops, rng):
+    """0 x NaN is NaN: a state cleared by multiplication carries NaN into the next sequence."""
+    for poison in (np.nan, np.inf):
+        a = cases_scan.make(rng, cases_scan.Scan(1, 6, 12, 8))
+        a["seq_idx"] = np.repeat([[0, 1]], 6, 1)
+        a["initial_states"] = np.full_like(a["initial_states"], poison)
+        out, final = ops.selective_scan(**a, return_final_states=True)
+        assert np.isfinite(out[..., 6:]).all() and np.isfinite(final).all()
+        c = cases_conv.make(rng, cases_conv.Conv(1, 6, 12))
+        c["seq_idx"] = a["seq_idx"]
+        c["x"] = c["x"].copy()
+        c["x"][..., :6] = poison
+        out, final = ops.causal_conv1d(**c, return_final_states=True)
+        assert np.isfinite(out[..., 6:]).all() and np.isfinite(final).all()
+
+
+def test_a_row_without_initial_state_selects_it_does_not_multiply(ops, rng):
+    for operation, a in (
+        (ops.selective_scan, cases_scan.make(rng, cases_scan.Scan(3, 6, 5, 8))),
+        (ops.causal_conv1d, cases_conv.make(rng, cases_conv.Conv(3, 6, 5))),
+    ):
+        a["initial_states"] = np.full_like(a["initial_states"], np.nan)
+        a["has_initial_state"] = np.zeros(3, bool)
+        out, final = operation(**a, return_final_states=True)
+        assert np.isfinite(out).all() and np.isfinite(final).all()

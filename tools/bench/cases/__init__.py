@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: MIT
+"""The cases: a file per family with cases() -> [Case].  A new family: a new file, a line here."""
+
+from . import causal_conv1d, selective_scan, state_update
+
+FAMILIES = (state_update, selective_scan, causal_conv1d)
+
+
+def all_cases():
+    return [case for family in FAMILIES for case in family.cases()]
