@@ -10,6 +10,7 @@ import copy
 import ctypes
 import gc
 import importlib.metadata
+import importlib.resources
 import inspect
 import pickle
 import re
@@ -18,7 +19,6 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +31,8 @@ from ssmk._cffi import ffi, lib
 from ssmk._table import OPS
 
 OPERATIONS = tuple(OPS)
-HEADER = (Path(ssmk.__file__).parent / "include" / "ssmk.h").read_text()
+PACKAGE = importlib.resources.files(ssmk)  # an editable install is spread over folders
+HEADER = PACKAGE.joinpath("include", "ssmk.h").read_text()
 
 
 # Kinds of tensors
@@ -276,7 +277,7 @@ def test_every_public_function_is_documented():
 
 
 def test_stubs_agree_with_the_functions():
-    stub = ast.parse((Path(ssmk.__file__).parent / "__init__.pyi").read_text())
+    stub = ast.parse(PACKAGE.joinpath("__init__.pyi").read_text())
     declared = [node for node in stub.body if isinstance(node, ast.FunctionDef)]
     assert {node.name for node in declared} == set(ssmk.__all__)
     for node in declared:
@@ -291,7 +292,7 @@ def test_stubs_agree_with_the_functions():
                 assert ast.literal_eval(default) == p.default, (node.name, p.name)
             elif p.default is not p.empty:
                 assert any("overload" in ast.dump(d) for d in node.decorator_list), p.name
-    assert (Path(ssmk.__file__).parent / "py.typed").exists()
+    assert PACKAGE.joinpath("py.typed").is_file()
 
 
 def test_version_is_one():
@@ -1106,10 +1107,21 @@ def test_torch_subclasses_are_tensors(torch, rng):
     class Subclass(torch.Tensor):
         pass
 
+    class Old(torch.Tensor):
+        """As of a torch without the exchange API."""
+
+        __dlpack_c_exchange_api__ = None
+
     a = converted(Kind("torch").load(), operands("state_update", rng))
     want = ssmk.state_update(**copy.deepcopy(a))
-    got = ssmk.state_update(**{**a, "x": a["x"].as_subclass(Subclass)})
-    assert torch.equal(got, want)
+    for kind in (Subclass, Old):
+        given = copy.deepcopy(a)
+        got = ssmk.state_update(**{**given, "x": a["x"].as_subclass(kind)})
+        assert torch.equal(got, want)
+        negated = torch.complex(a["x"], a["x"]).conj().imag.as_subclass(kind)
+        assert negated.is_neg()
+        with pytest.raises(ValueError, match="^state_update: x: is a lazily negated"):
+            ssmk.state_update(**{**given, "x": negated})
 
 
 # JAX

@@ -100,7 +100,7 @@ def child(connection):
 )
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_children_work_after_the_parent_did(threads):
-    """As a data loader does: an OpenMP runtime that had threads before the fork has none after."""
+    """As a data loader does: the threads of a pool made before the fork are gone after it."""
     threads(2)
     want = results(1)
     context = multiprocessing.get_context("fork")

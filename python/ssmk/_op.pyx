@@ -278,7 +278,7 @@ cdef int _borrow_numpy(Op op, int i, PyObject *o, bint write, Slot *slot) except
     return 0
 
 cdef int _check_torch(Op op, int i, PyObject *o, Borrower b, Frame *f, DLTensor *t) except -1:
-    """What the exchange API passes over in silence: autograd, lazy conjugation and negation."""
+    """What torch lends in silence: autograd's tensors, lazily conjugated and negated views."""
     cdef int axis
     if f.grad_enabled < 0:
         f.grad_enabled = PyObject_CallNoArgs(_grad_enabled) is True
@@ -355,15 +355,19 @@ cdef object _borrow(Op op, int i, PyObject *o, PyObject *stream, Frame *f, DLTen
     if b.how == kNumpy:
         _borrow_numpy(op, i, o, write, slot)
         return None
+    capsule = None
     if b.how == kCapsule:
-        return _IMMUTABLE if write and b.jax else _borrow_capsule(op, i, o, write, stream, out)
-    if b.api.dltensor_from_py_object_no_sync(o, &slot.tensor):
-        _refused(op, i)
+        if write and b.jax:
+            return _IMMUTABLE
+        capsule = _borrow_capsule(op, i, o, write, stream, out)
+    else:
+        if b.api.dltensor_from_py_object_no_sync(o, &slot.tensor):
+            _refused(op, i)
+        if f.stream_api == NULL and slot.tensor.device.device_type != kDLCPU:
+            f.stream_api, f.stream_device = b.api, slot.tensor.device
     if b.get != NULL:
-        _check_torch(op, i, o, b, f, &slot.tensor)
-    if f.stream_api == NULL and slot.tensor.device.device_type != kDLCPU:
-        f.stream_api, f.stream_device = b.api, slot.tensor.device
-    return None
+        _check_torch(op, i, o, b, f, out[0])
+    return capsule
 
 
 # ---------------------------------------------------------------- one operation

@@ -239,8 +239,9 @@ struct Task {
       if constexpr (kPairs) {
         return update_row_in_pairs(source, target, s.B, s.C, n, terms);
       } else {
-        const float *A =
-            kDecay == Decay::kGeneral ? general_rates(first + r, n0, n) : packed_A + r * A_row;
+        const float *A = nullptr;
+        if constexpr (kDecay == Decay::kGeneral) A = general_rates(first + r, n0, n);
+        if constexpr (kDecay == Decay::kPacked) A = packed_A + r * A_row;
         return update_row<T, kDecay != Decay::kRow>(source, target, A, s.B, s.C, n, terms);
       }
     };
