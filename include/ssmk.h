@@ -64,7 +64,7 @@
  *     sequence s uses slot state_indices[s] of both.  A pad slot: the whole sequence's output is 0,
  *     nothing of it is read or written.
  *   has_initial_state, bool (int8, uint8 or bool) (nseq,): a sequence whose flag is 0 starts from
- *     zeros.
+ *     zeros.  Only with initial_states.
  *
  * Slots.  A slot index that is negative or equals pad_slot is a pad.  An index >= entries is an
  *   error on the CPU, and a pad on a GPU, where the indices cannot be seen without a
@@ -305,6 +305,7 @@ SSMK_API ssmk_status ssmk_ssd_chunk_workspace(const ssmk_ssd_chunk_args *args, u
  *   angle_state  (entries, nheads, nangles), with angles; in place, as are
  *   k_state      (entries, rank, nheads, dstate) and
  *   v_state      (entries, nheads, headdim), both with trap
+ *   out is (batch, [T,] rank, nheads, headdim) if rank > 1 without mimo_out
  *
  * Slots (all optional; index dtypes):
  *   state_indices         (batch,): the slot that each row reads; NULL = the row number.
@@ -325,7 +326,8 @@ SSMK_API ssmk_status ssmk_ssd_chunk_workspace(const ssmk_ssd_chunk_args *args, u
  *                         intermediate_states: row b starts from its intermediate state number
  *                         num_accepted_tokens[b] - 1, as the previous call left it, or from its
  *                         slot if the count is 0.  So rejected draft tokens are rolled back.
- *   SSMK_KEEP_STATE       the pools are read, not written.
+ *                         Required with K > 1, refused where there is nothing to choose from.
+ *   SSMK_KEEP_STATE       the pools are read, not written; excludes state_indices_out.
  */
 typedef struct ssmk_state_update_args {
   uint64_t size;

@@ -10,7 +10,7 @@ import pytest
 
 import ssmk
 from capi import (
-    BOOL, BUILT, COMPLEX, CUDA, FLOAT, HANDLE, INT, METAL, OPERATIONS, ROCM, Call, Tensor, ffi, lib,
+    BOOL, BUILT, COMPLEX, CUDA, FLOAT, HANDLE, INT, METAL, OPERATIONS, ROCM, Call, ffi, lib,
     tensor_fields,
 )
 from cases import BF16, F32, I32, I64, assert_same_bits, normal

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cases_update
 import reference
 from cases import (
     BF16, F16, F32, FLOATS, I32, I64, LAYOUTS, assert_close, assert_same_bits, normal, repeated,
@@ -541,8 +542,6 @@ def test_update_does_not_read_tokens_past_the_count(ops, rng):
 
 def test_conv_and_ssm_states_of_a_layer_may_share_a_buffer(ops, rng):
     """A slot of a serving engine's buffer holds the conv state (bf16) and the SSM state (fp32)."""
-    import cases_update
-
     dim, dstate, width, slots = 6, 16, 4, 5
     conv_bytes, ssm_bytes = dim * width * 2, dim * dstate * 4
     buffer = rng.integers(0, 256, (slots, conv_bytes + ssm_bytes), np.uint8)

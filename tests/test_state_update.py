@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cases_scan
 import reference
 from cases import (
     BF16, F16, F32, FLOATS, I32, I64, LAYOUTS, assert_close, assert_same_bits, normal, repeated,
@@ -328,8 +329,6 @@ def test_a_call_of_many_tokens_equals_calls_of_one(ops, rng, heads, dtype):
 
 def test_decode_goes_on_where_prefill_stopped(ops, rng):
     """Mamba-1: a scan of 40 tokens, then 3 + 1 tokens of state_update, against one scan of all."""
-    import cases_scan
-
     a = cases_scan.make(
         rng, cases_scan.Scan(2, 6, 44, 16, 2, channels_last=True, dt_limit=(0.02, 0.3))
     )

@@ -40,8 +40,21 @@ struct Scratch {
 static_assert(kTokens * kChunk >= kMaxVectors * kChunk * kLanes,
               "constant B and C fit where the tiles do");
 
+// What the next tile will read of one tensor for this vector of channels, a cache line for each
+// token of this tile: rows of channels, or pieces of rows of time.
+struct Ahead {
+  const char *first = nullptr;
+  int64_t row = 0, line = 0;
+  int shift = 0;
+
+  SSMK_INLINE void prefetch(int64_t t) const {
+    __builtin_prefetch(first + (t >> shift) * row + (t & ((1 << shift) - 1)) * line);
+  }
+};
+
 // The operands of one block of states for one vector of channels.
 struct Block {
+  Ahead ahead[3];
   const float *dt, *dtx;
   float *y;
   const float *A[2], *B[2], *C[2];
@@ -69,6 +82,7 @@ inline void scan_real(const Block &k, int64_t tokens) {
       y[n % 2] = fused(h[n], coefficient<kCVaries>(k.C[0], t, n), y[n % 2]);
     }
     store(k.y + t * kWidth, y[0] + y[1]);
+    for (const Ahead &a : k.ahead) a.prefetch(t);
   }
   SSMK_UNROLL
   for (int n = 0; n < kStates; ++n) store(k.h[0] + n * kLanes, h[n]);
@@ -211,7 +225,7 @@ struct Task {
         const vf x = load(s.dtx + i);
         store(s.dt + i, dt);
         store(s.dtx + i, dt * x);
-        store(s.y + i, D * x);
+        store(s.y + i, p.D.given() ? D * x : vf{});  // not 0 x: x may be infinite
       }
     }
   }
@@ -224,12 +238,32 @@ struct Task {
                 v.stride[3], v.stride[2], tokens, n);
   }
 
+  // The tile that starts at `begin`, for vector k; what is not there is read from scratch again.
+  Ahead ahead(const View<3> &v, int k, int64_t begin) const {
+    Ahead a;
+    a.first = reinterpret_cast<const char *>(s.y);
+    if (!v.given() || begin >= seq.end) return a;
+    const int64_t size = size_of(v.dtype);
+    if (v.stride[1] == 1) {
+      a.row = v.stride[2] * size;
+    } else if (v.stride[2] == 1) {
+      a.row = v.stride[1] * size;
+      a.line = 64;
+      a.shift = size == 4 ? 2 : 1;  // lines of kTokens elements
+    } else {
+      return a;
+    }
+    a.first = v.at(seq.row, channel + k * kLanes, begin);
+    return a;
+  }
+
   template <bool kBVaries, bool kCVaries>
-  void scan_states(int k, int64_t n0, int64_t n, int64_t tokens) const {
+  void scan_states(int k, int64_t n0, int64_t n, int64_t tokens, const Ahead (&next)[3]) const {
     for (int64_t i = 0; i < n;) {
       const int64_t lanes =
           (k * kChunk + i) * kLanes;  // where a [vector][state][lane] array has state i
       Block b;
+      for (int j = 0; j < 3; ++j) b.ahead[j] = next[j];
       b.dt = s.dt + k * kLanes;
       b.dtx = s.dtx + k * kLanes;
       b.y = s.y + k * kLanes;
@@ -262,12 +296,14 @@ struct Task {
       if (p.B_varies) read_projection(s.B, p.B, begin, tokens, n0, n);
       if (p.C_varies) read_projection(s.C, p.C, begin, tokens, n0, n);
       for (int k = 0; k < vectors; ++k) {
+        const int64_t after = n0 == 0 ? begin + kTokens : seq.end;
+        const Ahead next[3] = {ahead(p.dt, k, after), ahead(p.x, k, after), ahead(p.z, k, after)};
         if (p.B_varies) {
-          p.C_varies ? scan_states<true, true>(k, n0, n, tokens)
-                     : scan_states<true, false>(k, n0, n, tokens);
+          p.C_varies ? scan_states<true, true>(k, n0, n, tokens, next)
+                     : scan_states<true, false>(k, n0, n, tokens, next);
         } else {
-          p.C_varies ? scan_states<false, true>(k, n0, n, tokens)
-                     : scan_states<false, false>(k, n0, n, tokens);
+          p.C_varies ? scan_states<false, true>(k, n0, n, tokens, next)
+                     : scan_states<false, false>(k, n0, n, tokens, next);
         }
       }
     }

@@ -183,7 +183,8 @@ struct Task {
       }
       store(s.dt_log2e + r, dt * kLog2e);
       store(s.dtx + r, dt * load(s.x + r));
-      store(s.y + r, load(s.D + r) * load(s.x + r));
+      // Without D not 0 x: x may be infinite.
+      store(s.y + r, p.D.given() ? load(s.D + r) * load(s.x + r) : vf{});
       if (one_decay()) store(s.decay + r, exp2(dt * (load(s.rate + r) * kLog2e)));
     }
   }
