@@ -57,6 +57,7 @@ void read_problem(Check &c, const ssmk_causal_conv1d_args *user, CausalConv1dPro
   finish_sequences(c, p->seqs, slots, seqlen, a.flags, a.pad_slot, a.final_states != nullptr);
   p->activation = activation(c, a.activation);
   only_flags(c, a.flags, SSMK_BATCH_INVARIANT | SSMK_PAD_SLOT);
+  p->workspace = {a.workspace, a.workspace_bytes};
   c.overlaps();
 
   p->batch = batch.value;
@@ -114,6 +115,7 @@ void read_problem(Check &c, const ssmk_causal_conv1d_update_args *user,
               p->pad);
   p->activation = activation(c, a.activation);
   only_flags(c, a.flags, SSMK_PAD_SLOT);
+  p->workspace = {a.workspace, a.workspace_bytes};
   c.overlaps();
 
   p->batch = batch.value;
@@ -124,45 +126,37 @@ void read_problem(Check &c, const ssmk_causal_conv1d_update_args *user,
 }
 
 // The convolutions need no scratch on the CPU.
-template <class Problem, class Args>
-ssmk_status workspace(const char *op, const Args *args, uint64_t *bytes) {
-  Check c(op, true);
-  Problem p;
-  if (!bytes) return c.error(SSMK_INVALID_ARGUMENT, "bytes: must not be NULL");
-  read_problem(c, args, &p);
-  if (c.ok()) *bytes = 0;
-  return c.status();
+template <class Problem>
+uint64_t no_workspace(const Problem &) {
+  return 0;
 }
+
+constexpr Operation<ssmk_causal_conv1d_args, CausalConv1dProblem> kPrefill = {
+    "causal_conv1d", read_problem, no_workspace, &cpu::Kernels::causal_conv1d};
+constexpr Operation<ssmk_causal_conv1d_update_args, CausalConv1dUpdateProblem> kUpdate = {
+    "causal_conv1d_update", read_problem, no_workspace, &cpu::Kernels::causal_conv1d_update};
 
 }  // namespace
 }  // namespace ssmk
 
-using namespace ssmk;
-
 extern "C" {
 
 SSMK_API ssmk_status ssmk_causal_conv1d(const ssmk_causal_conv1d_args *args) {
-  Check c("causal_conv1d", false);
-  CausalConv1dProblem p;
-  read_problem(c, args, &p);
-  return run(c, &cpu::Kernels::causal_conv1d, p);
+  return ssmk::kPrefill.run(args);
 }
 
 SSMK_API ssmk_status ssmk_causal_conv1d_workspace(const ssmk_causal_conv1d_args *args,
                                                   uint64_t *bytes) {
-  return workspace<CausalConv1dProblem>("causal_conv1d", args, bytes);
+  return ssmk::kPrefill.workspace(args, bytes);
 }
 
 SSMK_API ssmk_status ssmk_causal_conv1d_update(const ssmk_causal_conv1d_update_args *args) {
-  Check c("causal_conv1d_update", false);
-  CausalConv1dUpdateProblem p;
-  read_problem(c, args, &p);
-  return run(c, &cpu::Kernels::causal_conv1d_update, p);
+  return ssmk::kUpdate.run(args);
 }
 
 SSMK_API ssmk_status ssmk_causal_conv1d_update_workspace(const ssmk_causal_conv1d_update_args *args,
                                                          uint64_t *bytes) {
-  return workspace<CausalConv1dUpdateProblem>("causal_conv1d_update", args, bytes);
+  return ssmk::kUpdate.workspace(args, bytes);
 }
 
 }  // extern "C"

@@ -119,29 +119,21 @@ void read_problem(Check &c, const ssmk_selective_scan_args *user, SelectiveScanP
   p->dstate = d.dstate.value;
 }
 
+constexpr Operation<ssmk_selective_scan_args, SelectiveScanProblem> kOperation = {
+    "selective_scan", read_problem, cpu::selective_scan_workspace, &cpu::Kernels::selective_scan};
+
 }  // namespace
 }  // namespace ssmk
-
-using namespace ssmk;
 
 extern "C" {
 
 SSMK_API ssmk_status ssmk_selective_scan(const ssmk_selective_scan_args *args) {
-  Check c("selective_scan", false);
-  SelectiveScanProblem p;
-  read_problem(c, args, &p);
-  if (c.ok()) check_workspace(c, p.workspace, cpu::selective_scan_workspace(p));
-  return run(c, &cpu::Kernels::selective_scan, p);
+  return ssmk::kOperation.run(args);
 }
 
 SSMK_API ssmk_status ssmk_selective_scan_workspace(const ssmk_selective_scan_args *args,
                                                    uint64_t *bytes) {
-  Check c("selective_scan", true);
-  SelectiveScanProblem p;
-  if (!bytes) return c.error(SSMK_INVALID_ARGUMENT, "bytes: must not be NULL");
-  read_problem(c, args, &p);
-  if (c.ok()) *bytes = cpu::selective_scan_workspace(p);
-  return c.status();
+  return ssmk::kOperation.workspace(args, bytes);
 }
 
 }  // extern "C"

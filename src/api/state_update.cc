@@ -231,29 +231,21 @@ void read_problem(Check &c, const ssmk_state_update_args *user, StateUpdateProbl
   }
 }
 
+constexpr Operation<ssmk_state_update_args, StateUpdateProblem> kOperation = {
+    "state_update", read_problem, cpu::state_update_workspace, &cpu::Kernels::state_update};
+
 }  // namespace
 }  // namespace ssmk
-
-using namespace ssmk;
 
 extern "C" {
 
 SSMK_API ssmk_status ssmk_state_update(const ssmk_state_update_args *args) {
-  Check c("state_update", false);
-  StateUpdateProblem p;
-  read_problem(c, args, &p);
-  if (c.ok()) check_workspace(c, p.workspace, cpu::state_update_workspace(p));
-  return run(c, &cpu::Kernels::state_update, p);
+  return ssmk::kOperation.run(args);
 }
 
 SSMK_API ssmk_status ssmk_state_update_workspace(const ssmk_state_update_args *args,
                                                  uint64_t *bytes) {
-  Check c("state_update", true);
-  StateUpdateProblem p;
-  if (!bytes) return c.error(SSMK_INVALID_ARGUMENT, "bytes: must not be NULL");
-  read_problem(c, args, &p);
-  if (c.ok()) *bytes = cpu::state_update_workspace(p);
-  return c.status();
+  return ssmk::kOperation.workspace(args, bytes);
 }
 
 }  // extern "C"

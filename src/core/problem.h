@@ -113,6 +113,7 @@ struct CausalConv1dProblem {
   View<3> initial_states, final_states;  // (nseq or entries, dim, state_len)
   Sequences seqs;
   Activation activation = Activation::kNone;
+  Workspace workspace;
 };
 
 struct CausalConv1dUpdateProblem {
@@ -124,6 +125,7 @@ struct CausalConv1dUpdateProblem {
   View<1> cache_seqlens, state_indices, state_indices_out, num_tokens;  // (batch)
   PadRule pad;
   Activation activation = Activation::kNone;
+  Workspace workspace;
 };
 
 constexpr int64_t kMaxConvWidth = 8;

@@ -9,6 +9,7 @@
 //   tile; B and C broadcast from a [token][state] tile write   y silu(z)
 // Inputs are read once and outputs written once; one exponential per token, channel and state
 // bounds it.
+#include "cpu/dt.h"
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
 #include "cpu/rows.h"
@@ -212,16 +213,10 @@ struct Task {
   void prepare(int64_t begin, int64_t tokens) const {
     read_tokens(s.dt, p.dt, begin, tokens);
     read_tokens(s.dtx, p.x, begin, tokens);
-    const DtTransform &f = p.dt_transform;
     for (int k = 0; k < vectors; ++k) {
       const vf bias = load(s.bias + k * kLanes), D = load(s.D + k * kLanes);
       for (int64_t i = k * kLanes; i < tokens * kWidth; i += kWidth) {
-        vf dt = load(s.dt + i) + bias;
-        if (f.softplus) dt = softplus(dt);
-        if (f.clamp) {
-          dt = dt < splat(f.lo) ? splat(f.lo) : dt;
-          dt = dt > splat(f.hi) ? splat(f.hi) : dt;
-        }
+        const vf dt = transform_dt(p.dt_transform, load(s.dt + i) + bias);
         const vf x = load(s.dtx + i);
         store(s.dt + i, dt);
         store(s.dtx + i, dt * x);

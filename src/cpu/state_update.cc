@@ -12,6 +12,7 @@
 // first read and the last write.
 #include <type_traits>
 
+#include "cpu/dt.h"
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
 #include "cpu/rows.h"
@@ -22,6 +23,7 @@ namespace {
 constexpr int64_t kChunk = kMaxStackState;  // states whose B and C are in scratch at a time
 constexpr int64_t kRows = 256;              // of a block, at the most
 constexpr int64_t kBlockStates = 16384;     // of a block: 64 KB in float32
+constexpr int64_t kAheadRows = 96;          // between a row of one vector and its prefetch
 
 // Rows (p) by states (n) of one head somewhere in memory.
 struct States {
@@ -171,16 +173,10 @@ struct Task {
   }
 
   void prepare(int64_t t, int64_t first, int64_t rows) const {
-    const DtTransform &f = p.dt_transform;
     read_rows(s.x, p.x, t, first, rows);
     read_rows(s.dt_log2e, p.dt, t, first, rows);
     for (int64_t r = 0; r < rows; r += kLanes) {
-      vf dt = load(s.dt_log2e + r) + load(s.bias + r);
-      if (f.softplus) dt = softplus(dt);
-      if (f.clamp) {
-        dt = dt < splat(f.lo) ? splat(f.lo) : dt;
-        dt = dt > splat(f.hi) ? splat(f.hi) : dt;
-      }
+      const vf dt = transform_dt(p.dt_transform, load(s.dt_log2e + r) + load(s.bias + r));
       store(s.dt_log2e + r, dt * kLog2e);
       store(s.dtx + r, dt * load(s.x + r));
       // Without D not 0 x: x may be infinite.
@@ -243,6 +239,11 @@ struct Task {
         const float *A = nullptr;
         if constexpr (kDecay == Decay::kGeneral) A = general_rates(first + r, n0, n);
         if constexpr (kDecay == Decay::kPacked) A = packed_A + r * A_row;
+        if constexpr (kVectors == 1) {
+          // Rows of one vector: the block is over before the processor has seen a stream in it.
+          __builtin_prefetch(source + kAheadRows * from_row);
+          __builtin_prefetch(A + kAheadRows * A_row);
+        }
         return update_row<T, kDecay != Decay::kRow>(source, target, A, s.B, s.C, n, terms);
       }
     };
