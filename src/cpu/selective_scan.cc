@@ -17,13 +17,14 @@
 namespace ssmk::cpu::SSMK_ISA {
 namespace {
 
-constexpr int kTokens = 64;  // of a tile
-constexpr int kMaxVectors =
-    4;                      // of channels in a task: B and C tiles are read once for all of them
-constexpr int kChunk = 64;  // states whose A, B and C are in scratch at a time
+// A tile is kTokens tokens of up to kMaxVectors vectors of channels, for all of which B and C are
+// read once; kChunk states of A, B and C are in scratch at a time; a block of states lives in half
+// of the registers that the level has.
+constexpr int kTokens = 64;
+constexpr int kMaxVectors = 4;
+constexpr int kChunk = 64;
 constexpr int kWidth = kMaxVectors * kLanes;
-constexpr int kWideBlock =
-    kLanes == 16 ? 16 : 8;  // states in registers: half of what the level has
+constexpr int kWideBlock = kLanes == 16 ? 16 : 8;
 constexpr int64_t kStackStates = 2 * kMaxStackState * kLanes;
 
 struct Scratch {
@@ -78,7 +79,7 @@ inline void scan_real(const Block &k, int64_t tokens) {
     vf y[2] = {load(k.y + t * kWidth), vf{}};
     SSMK_UNROLL
     for (int n = 0; n < kStates; ++n) {
-      const vf decay = exp2(dt * load(k.A[0] + n * kLanes));
+      const vf decay = exp2<true>(dt * load(k.A[0] + n * kLanes));
       h[n] = fused(decay, h[n], dtx * coefficient<kBVaries>(k.B[0], t, n));
       y[n % 2] = fused(h[n], coefficient<kCVaries>(k.C[0], t, n), y[n % 2]);
     }

@@ -297,11 +297,12 @@ SSMK_INLINE vf sum_each(vf *r) {
 // 2^x.  x = n + f with n an integer and |f| <= 1/2; 2^f by a minimax polynomial of degree 6 that is
 // exact at 0 (relative error 2e-9 before rounding), so decays near 1 keep their last bit.  Below
 // 2^-127 the result is 0, above 2^127.5 infinity; NaN stays NaN.
+template <bool kFinite = false>
 SSMK_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
-  // max and min return their second operand where one is NaN.
+  // max and min return their second operand where one is NaN.  With n infinite f would be NaN.
   x = (vf)_mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
-  x = (vf)_mm512_min_ps(_mm512_set1_ps(150.f), (__m512)x);
+  if constexpr (!kFinite) x = (vf)_mm512_min_ps(_mm512_set1_ps(150.f), (__m512)x);
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const vf f = x - n;
 #else
