@@ -6,6 +6,8 @@
 // whether a stride is 1, once per row, so every mix of dtypes and layouts runs the same arithmetic.
 #pragma once
 
+#include <type_traits>
+
 #include "core/tensor.h"
 #include "cpu/simd.h"
 
@@ -67,12 +69,42 @@ inline void read_row(float *dst, const char *src, DType dtype, int64_t stride, i
     int64_t i = 0;
     if (stride == 1) {
       for (; i + kLanes <= n; i += kLanes) store(dst + i, load(s + i));
+      if (i < n && n >= kLanes) {  // a last vector, over part of the one before it
+        store(dst + n - kLanes, load(s + n - kLanes));
+        return;
+      }
     } else if (stride == 0 && n > 0) {
       const float value = to_float(s[0]);
       for (; i < n; ++i) dst[i] = value;
     }
     for (; i < n; ++i) dst[i] = to_float(s[i * stride]);
   });
+}
+
+// Two vectors as the 16-bit elements of one.
+template <class T, int... L>
+SSMK_INLINE vf paired(vf a, vf b, std::integer_sequence<int, L...>) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    // The rounded bits stay in the upper halves, where one shuffle finds all of them.
+    using Halves = uint16_t __attribute__((vector_size(kVectorBytes)));
+    vu x = rounded_up_half(a), y = rounded_up_half(b);
+#if defined(__AVX512F__)
+    const bool nan = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#else
+    const bool nan = true;  // or not: cheaper than to find out
+#endif
+    if (nan) {
+      x = a == a ? x : bitcast<vu>(a) | 0x400000u;
+      y = b == b ? y : bitcast<vu>(b) | 0x400000u;
+    }
+    const Halves i = bitcast<Halves>(x), j = bitcast<Halves>(y);
+    return bitcast<vf>(__builtin_shufflevector(i, j, (2 * L + 1)...));
+  } else {
+    vh low, high;
+    store(reinterpret_cast<T *>(&low), a);
+    store(reinterpret_cast<T *>(&high), b);
+    return bitcast<vf>(__builtin_shufflevector(low, high, L...));
+  }
 }
 
 // n elements at dst, `stride` apart, <- src[0 .. n).  `streamed`: the output is larger than the
@@ -83,24 +115,33 @@ inline void write_row(char *dst, DType dtype, int64_t stride, const float *src, 
     using T = std::remove_pointer_t<decltype(type)>;
     T *d = reinterpret_cast<T *>(dst);
     int64_t i = 0;
-    if (stride == 1) {
+    if (stride == 1 && n >= kLanes) {
       constexpr int kPerVector = kVectorBytes / sizeof(T);
-      if (streamed) {
-        const uintptr_t past = reinterpret_cast<uintptr_t>(d) % kVectorBytes;
+      const uintptr_t past = reinterpret_cast<uintptr_t>(d) % kVectorBytes;
+      if (streamed && n >= 2 * kPerVector && past % sizeof(T) == 0) {
+        // Up to the first boundary: whole vectors, and a part of one.
         const int64_t head = past ? int64_t(kVectorBytes - past) / int64_t(sizeof(T)) : 0;
-        for (; i < head && i < n; ++i) d[i] = from_float<T>(src[i]);
+        for (; i + kLanes <= head; i += kLanes) store(d + i, load(src + i));
+        if (i < head) {
+          T part[kLanes];
+          store(part, load(src + i));
+          for (int k = 0; i < head; ++i, ++k) d[i] = part[k];
+        }
         for (; i + kPerVector <= n; i += kPerVector) {
           if constexpr (sizeof(T) == 4) {
             stream(d + i, load(src + i));
           } else {
-            T whole[kPerVector];
-            store(whole, load(src + i));
-            store(whole + kLanes, load(src + i + kLanes));
-            stream(reinterpret_cast<float *>(d + i), load_bits<T, vf>(whole));
+            stream(reinterpret_cast<float *>(d + i),
+                   paired<T>(load(src + i), load(src + i + kLanes),
+                             std::make_integer_sequence<int, 2 * kLanes>{}));
           }
         }
       }
       for (; i + kLanes <= n; i += kLanes) store(d + i, load(src + i));
+      if (i < n) {  // a last vector, over part of the one before it
+        store(d + n - kLanes, load(src + n - kLanes));
+        return;
+      }
     }
     for (; i < n; ++i) d[i * stride] = from_float<T>(src[i]);
   });
