@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The vector functions of every instruction-set level that this machine can build and run (tests/c/simd.cc)."""
 
+import importlib.resources
 import os
 import pathlib
 import platform
@@ -38,7 +39,9 @@ def test_vector_functions_are_exact_to_a_few_ulp(level, tmp_path):
         pytest.skip(f"this machine has no {level}")
     if not compiler:
         pytest.skip("no C++ compiler")
-    include = pathlib.Path(ssmk.__file__).parent / "include"  # dlpack/dlpack.h
+    # By way of a file: an editable install is spread over folders.
+    header = importlib.resources.files(ssmk).joinpath("include", "dlpack", "dlpack.h")
+    include = pathlib.Path(str(header)).parent.parent
     program = tmp_path / "simd"
     subprocess.run(
         [
