@@ -60,6 +60,25 @@ inline Sequence sequence(const Sequences &seqs, int64_t s, int64_t seqlen) {
   return q;
 }
 
+// What a head carries from token to token, in pools or one entry a sequence; axis 0 is the entry.
+struct HeadStates {
+  View<4> h;      // (entries, nheads, headdim, dstate)
+  View<3> angle;  // (entries, nheads, nangles)
+  View<4> k;      // (entries, rank, nheads, dstate)
+  View<3> v;      // (entries, nheads, headdim)
+};
+
+// The weights and switches of Mamba-3 that prefill and decode share.
+struct Mamba3 {
+  int64_t rank = 1, nangles = 0;
+  View<3> B_bias, C_bias;            // (nheads, rank, dstate)
+  View<3> mimo_x, mimo_z, mimo_out;  // (nheads, rank, headdim): psi, zeta, phi
+  View<2> norm_weight;               // (nheads, headdim)
+  float norm_eps = 0;
+  bool rotary_half = false;   // pairs (j, j + dstate / 2), else (2j, 2j + 1)
+  bool trap_sigmoid = false;  // trap holds lambda, not its logit
+};
+
 struct SelectiveScanProblem {
   int64_t batch = 0, dim = 0, seqlen = 0, ngroups = 1, dstate = 0;
   bool complex = false;
@@ -69,6 +88,25 @@ struct SelectiveScanProblem {
   ComplexView<4> B, C;    // (batch, ngroups, dstate, seqlen), or constant: (1, dim, dstate, 1)
   View<1> D, dt_bias;     // (dim)
   ComplexView<3> initial_states, final_states;  // (nseq or entries, dim, dstate)
+  Sequences seqs;
+  DtTransform dt_transform;
+  bool batch_invariant = false;
+  Workspace workspace;
+};
+
+struct SsdChunkProblem {
+  int64_t batch = 0, seqlen = 0, nheads = 0, headdim = 0, ngroups = 1, dstate = 0, ncaptures = 0;
+  int64_t chunk_size = 0;    // 0 = choose
+  View<4> x, z;              // (batch, seqlen, nheads, headdim)
+  View<5> out;               // (batch, seqlen, rank, nheads, headdim); rank summed: stride 0 there
+  View<3> dt, adt, trap;     // (batch, seqlen, nheads)
+  View<1> A, dt_bias;        // (nheads)
+  View<5> B, C;              // (batch, seqlen, rank, ngroups, dstate)
+  View<2> D;                 // (nheads, headdim)
+  View<4> angles;            // (batch, seqlen, nheads, nangles)
+  Mamba3 mamba3;
+  HeadStates initial, final, captured;
+  View<1> capture_positions;  // (ncaptures)
   Sequences seqs;
   DtTransform dt_transform;
   bool batch_invariant = false;
