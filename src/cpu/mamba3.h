@@ -11,32 +11,65 @@ namespace ssmk::cpu::SSMK_ISA {
 // n rounded up to whole vectors: arrays below are padded to that.
 SSMK_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// theta <- (theta + pi tanh(angle) dt) mod 2 pi, and its sine and cosine.  theta is theta[i] +
-// low[i]: the rounding errors of all steps are carried along, so a long sequence is as exact as a
-// short one. low is 0 at the start.  All arrays are padded; what stands in the padding is not used.
+// What rounding took from the product of a and b.
+SSMK_INLINE vf product_error(vf a, vf b, vf product) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fused(a, b, -product);
+#else
+  // Veltkamp's halves of 12 bits: their products are exact.
+  const vf ca = a * 4097.f, cb = b * 4097.f;
+  const vf a1 = ca - (ca - a), a2 = a - a1, b1 = cb - (cb - b), b2 = b - b1;
+  return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2;
+#endif
+}
+
+// What rounding took from the sum of a and b.
+SSMK_INLINE vf sum_error(vf a, vf b, vf sum) {
+  const vf part = sum - a;
+  return (a - (sum - part)) + (b - part);
+}
+
+// The nearest integer.  From 2^22 on, where adding the magic number no longer rounds to one, x
+// itself.
+SSMK_INLINE vf nearest(vf x) {
+  const vf magic = splat(12582912.f), rounded = (x + magic) - magic;
+  return select(bitcast<vi>((x < splat(0x1p22f)) & (x > splat(-0x1p22f))), rounded, x);
+}
+
+// theta <- (theta + pi tanh(angle) dt) mod 2 pi, in [0, 2 pi), and its sine and cosine.  theta is
+// theta[i] + low[i]: the rounding errors of all steps are carried along, so a long sequence is as
+// exact as a short one.  low is 0 at the start, and only where theta is near 0 may their sum be
+// just outside.  All arrays are padded; what stands in the padding is not used.
 inline void advance_angles(float *theta, float *low, const float *angle, float dt, int64_t nangles,
                            float *sine, float *cosine) {
   constexpr float kTwoPi = 0x1.921fb6p+2f, kTwoPiLow = -0x1.777a5cp-23f;  // their sum is 2 pi
-  constexpr float kPi = kTwoPi / 2, kPiLow = kTwoPiLow / 2;
+  const vf two_pi = splat(kTwoPi), zero{};
   for (int64_t i = 0; i < nangles; i += kLanes) {
-    const vf turn = tanh(load(angle + i)) * dt;
-    const vf step = turn * kPi, step_low = fused(turn, splat(kPi), -step) + turn * kPiLow;
-    // sum + error = theta + step, exactly
-    const vf was = load(theta + i), sum = was + step, part = sum - was;
-    const vf error = (was - (sum - part)) + (step - part);
+    // The step, less its whole turns (exactly): of a turn, then of an angle.
+    const vf half_turns = tanh(load(angle + i)) * dt, pi = two_pi * 0.5f;
+    const vf turn = half_turns - 2.f * nearest(half_turns * 0.5f);
+    const vf step = turn * pi;
+    vf rest = load(low + i) + (product_error(turn, pi, step) + turn * (kTwoPiLow / 2));
+
+    const vf was = load(theta + i), sum = was + step;
+    rest += sum_error(was, step, sum);
     vf whole = sum * (1 / kTwoPi);
-    const vf magic = splat(12582912.f), near = (whole + magic) - magic;
-    whole = near - (near > whole ? splat(1.f) : vf{});  // floor
-    // Steps of more turns than the magic number can round are not reduced by it.
-    vf high = fused(-whole, splat(kTwoPi), sum);
-    vf rest = load(low + i) + error + step_low - whole * kTwoPiLow;
-    const vf folded = high + rest;
-    rest = rest - (folded - high);
-    high = folded;
-    // Rounding may leave it just outside of [0, 2 pi).
-    const vf up = high < vf{} ? splat(1.f) : vf{}, down = high >= splat(kTwoPi) ? splat(1.f) : vf{};
-    high = high + (up - down) * kTwoPi;
-    rest = rest + (up - down) * kTwoPiLow;
+    const vf near = nearest(whole);
+    whole = near - (near > whole ? splat(1.f) : zero);  // floor
+    const vf turns = whole * two_pi, folded = sum - turns;
+    rest += sum_error(sum, -turns, folded) - product_error(whole, two_pi, turns);
+    rest -= whole * kTwoPiLow;
+    vf high = folded + rest;
+    rest -= high - folded;
+
+    // Rounding may leave it just outside.  A negative angle too small for a turn to be added to it
+    // is 0.
+    const vf up = high + two_pi;
+    const vi below = bitcast<vi>(high < zero), above = bitcast<vi>(high >= two_pi),
+             tiny = below & bitcast<vi>(up >= two_pi);
+    const vf up_rest = rest + (sum_error(two_pi, high, up) + kTwoPiLow);
+    rest = select(below, select(tiny, rest + high, up_rest), select(above, rest - kTwoPiLow, rest));
+    high = select(below, select(tiny, zero, up), select(above, high - two_pi, high));
     store(theta + i, high);
     store(low + i, rest);
     vf s, c;
