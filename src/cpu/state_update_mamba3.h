@@ -41,6 +41,15 @@ SSMK_INLINE void store_two(T *p, vf a, vf b) {
   }
 }
 
+// States are asked for that long before they are read, so that memory works while keys are made and
+// sums added up; into the second level, as the first has no room for them that long.
+constexpr int64_t kAheadBytes = 8192;
+
+SSMK_INLINE void ask_for(const void *from, int64_t bytes) {
+  const char *const p = static_cast<const char *>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // One row of n states.  keys: for every vector of states R keys, R old ones if kTrap, R queries.
 // coefs: u of the row, then w if kTrap, `ld` apart.  Lane sums of h q_r go to
 // sums[r * kLanes * kLanes].
@@ -413,28 +422,35 @@ struct Mamba3Update {
       const int64_t n = p.headdim - first < kLanes ? p.headdim - first : kLanes;
       for (int64_t i = 0; i < n; ++i) update(first + i, sums + i * kLanes);
       for (int64_t r = 0; r < rank; ++r) {
-        vf each[kLanes] = {};
-        for (int64_t i = 0; i < n; ++i) each[i] = load(sums + (r * kLanes + i) * kLanes);
+        vf each[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+          each[i] = i < n ? load(sums + (r * kLanes + i) * kLanes) : vf{};
         float *const to = y + r * height + first;
         store(to, load(to) + sum_each(each));
       }
     }
   }
 
-  template <int R, bool kTrap, class T>
+  template <int R, bool kTrap, bool kAsk, class T>
   void update_rows(const T *from, int64_t from_row, T *to, int64_t to_row) const {
+    // Rows that follow one another: past the last one lies the next head, as a rule.
+    const bool ask = kAsk && from_row == p.dstate;
     each_row([&](int64_t i, float *at) {
+      if (ask)
+        ask_for(reinterpret_cast<const char *>(from + i * from_row) + kAheadBytes,
+                p.dstate * int64_t(sizeof(T)));
       update_heads_row<R, kTrap>(from + i * from_row, to + i * to_row, keys, p.dstate, decay[i],
                                  coefs + i, height, at);
     });
   }
 
-  template <class T>
+  // kAsk: the states are in memory, not in scratch.
+  template <bool kAsk, class T>
   void update_all(const T *from, int64_t from_row, T *to, int64_t to_row) const {
     const auto with_rank = [&](auto ranks) {
       constexpr int kRank = decltype(ranks)::value;
-      has_trap() ? update_rows<kRank, true>(from, from_row, to, to_row)
-                 : update_rows<kRank, false>(from, from_row, to, to_row);
+      has_trap() ? update_rows<kRank, true, kAsk>(from, from_row, to, to_row)
+                 : update_rows<kRank, false, kAsk>(from, from_row, to, to_row);
     };
     rank == 1   ? with_rank(std::integral_constant<int, 1>{})
     : rank == 2 ? with_rank(std::integral_constant<int, 2>{})
@@ -514,13 +530,14 @@ struct Mamba3Update {
   // The call
 
   void one_token() const {
+    if (can_stream()) ask_for(p.state.at(slots.in, head), kAheadBytes);
     prepare(0);
     if (can_stream()) {
       const States from = states_in(slots.in), to = states_in(slots.out);
       with_type(p.state.dtype, [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        update_all(reinterpret_cast<const T *>(from.data), from.row, reinterpret_cast<T *>(to.data),
-                   to.row);
+        update_all<true>(reinterpret_cast<const T *>(from.data), from.row,
+                         reinterpret_cast<T *>(to.data), to.row);
       });
     } else {
       update_through_scratch();
@@ -536,7 +553,7 @@ struct Mamba3Update {
     for (int64_t t = 0; t < slots.tokens; ++t) {
       prepare(t);
       if (compiled()) {
-        update_all<float>(held, width, held, width);
+        update_all<false>(held, width, held, width);
       } else {
         each_row([&](int64_t i, float *at) { update_any_row(held + i * width, i, at); });
       }
