@@ -290,7 +290,7 @@ def test_output_of_mamba3_comes_from_the_unrounded_states(ops, rng, dtype):
     """The bits of a 16-bit state are not in the output: rounding comes after it."""
     for T in (None, 5):
         dtypes = dict.fromkeys(("state", "k_state", "v_state"), dtype)
-        a, states = mamba3(rng, T=T, dtype=dtypes, dstate=24)
+        a, states = mamba3(rng, T=T, dtype=dtypes, dstate=20)  # no even number of vectors
         precise = {name: array.astype(F32) for name, array in states.items()}
         want = ops.state_update(**precise, **a)
         assert_same_bits(ops.state_update(**states, **a), want)
