@@ -262,7 +262,8 @@ def state_update(
         nheads, nangles) or (batch, [T,] nangles).  B_bias, C_bias, mimo_x, mimo_z, mimo_out,
         norm_weight, norm_eps and rotary as in ssd_chunk.  In place: angle_state (entries, nheads,
         nangles) with angles; k_state (entries, rank, nheads, dstate) and v_state (entries, nheads,
-        headdim) with trap.
+        headdim) with trap.  With angles dt and dt_bias are one value a head; angles are stored in
+        [0, 2 pi).
 
     Slots (all optional)
         state_indices      index (batch,): the slot that each row reads; None = the row number.
@@ -278,7 +279,8 @@ def state_update(
                            0. With 0 the state passes through.
         intermediate_states   (rows, T, ...) of any float dtype: the state after token t of row b
                            goes to [intermediate_indices[b], t]; likewise intermediate_angle_states,
-                           intermediate_k_states and intermediate_v_states.  In place (see next).
+                           intermediate_k_states and intermediate_v_states, which come with it where
+                           their parts do.  In place (see next).
         intermediate_indices  index (batch,); None = the row number; a pad: none are kept.
         num_accepted_tokens   index (batch,).  With 2-D state_indices: see there.  Otherwise with
                            intermediate_states: row b starts from its intermediate state number
