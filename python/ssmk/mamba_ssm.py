@@ -77,11 +77,9 @@ def selective_scan_fn(
         return_last_state=False):
     """Scan of Mamba-1; out (batch, dim, seqlen) in u's dtype, and if wanted the last state (batch,
     dim, dstate) in float32 or complex64.  See ssmk.selective_scan."""
-    out = torch.empty_like(u)
-    result = ssmk.selective_scan(
+    return ssmk.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, dt_softplus=delta_softplus,
-        return_final_states=return_last_state, out=out)
-    return result
+        return_final_states=return_last_state, out=torch.empty_like(u))
 
 
 @_no_gradients
@@ -94,50 +92,47 @@ def mamba_inner_fn(
     convolution, projections, optional norms of B, C and delta, scan, gate, projection.
     checkpoint_lvl is about gradients, of which there are none."""
     name = "mamba_inner_fn"
+    for constant, extra, what in (
+            (B, (B_proj_bias, b_rms_weight), "B_proj_bias and b_rms_weight"),
+            (C, (C_proj_bias, c_rms_weight), "C_proj_bias and c_rms_weight")):
+        if constant is not None and any(t is not None for t in extra):
+            _unsupported(name, what, "go with what x_proj_weight makes, not with a constant")
     x, z = xz.chunk(2, dim=1)
-    rank, dstate = delta_proj_weight.shape[1], A.shape[-1] * (2 if A.is_complex() else 1)
-    # What the autocast of torch's own operations would compute in; ssmk's take what comes.
-    weight = conv1d_weight.squeeze(1) if conv1d_weight.dim() == 3 else conv1d_weight
-    if (B is not None and B_proj_bias is not None) or (C is not None and C_proj_bias is not None):
-        _wrong(name, "B_proj_bias, C_proj_bias", "belong to B and C that come from x_proj")
+    # Results have their channels packed, as the projections want them.
+    packed = torch.empty((x.shape[0], x.shape[2], x.shape[1]), dtype=x.dtype, device=x.device)
     x = ssmk.causal_conv1d(
-        x.contiguous() if x.stride(1) == 0 else x, weight, conv1d_bias, activation="silu",
-        out=torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format)
-        .transpose(1, 2))
-    projected = F.linear(x.transpose(1, 2), x_proj_weight)  # (batch, seqlen, rank [+ B] [+ C])
+        x, _conv_weight(conv1d_weight), conv1d_bias, activation="silu", out=packed.transpose(1, 2))
+    rank, dstate = delta_proj_weight.shape[1], A.shape[-1] * (2 if A.is_complex() else 1)
     widths = [rank] + [dstate] * ((B is None) + (C is None))
-    if projected.shape[-1] != sum(widths):
-        _wrong(name, "x_proj_weight", f"expected {sum(widths)} rows, got {projected.shape[-1]}")
-    parts = list(projected.split(widths, dim=-1))
+    if x_proj_weight.shape[0] != sum(widths):
+        _wrong(name, "x_proj_weight", f"must have {sum(widths)} rows, got {x_proj_weight.shape[0]}")
+    delta, *BC = F.linear(x.transpose(1, 2), x_proj_weight).split(widths, dim=-1)
 
-    def normed(part, weight):
-        return part if weight is None else F.rms_norm(
-            part, part.shape[-1:], weight.to(part.dtype), b_c_dt_rms_eps)
+    def normed(t, weight):
+        return t if weight is None else _rms_norm(t, weight, b_c_dt_rms_eps)
 
-    delta = F.linear(normed(parts.pop(0), dt_rms_weight), delta_proj_weight)
-    if B is None:
-        B = parts.pop(0)
-        B = normed(B if B_proj_bias is None else B + B_proj_bias, b_rms_weight).transpose(1, 2)
-        B = _real_pairs(B) if A.is_complex() else B
-    elif b_rms_weight is not None:
-        _unsupported(name, "b_rms_weight", "with a constant B")
-    if C is None:
-        C = parts.pop(0)
-        C = normed(C if C_proj_bias is None else C + C_proj_bias, c_rms_weight).transpose(1, 2)
-        C = _real_pairs(C) if A.is_complex() else C
-    elif c_rms_weight is not None:
-        _unsupported(name, "c_rms_weight", "with a constant C")
-    y = selective_scan_fn(
-        x, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
+    def per_token(t, bias, weight):
+        t = normed(t if bias is None else t + bias.to(t.dtype), weight)
+        if A.is_complex():  # re and im in turn along dstate
+            t = torch.view_as_complex(t.float().unflatten(-1, (-1, 2)).contiguous())
+        return t.transpose(1, 2)
+
+    delta = normed(F.linear(delta, delta_proj_weight), dt_rms_weight).transpose(1, 2)
+    B = per_token(BC.pop(0), B_proj_bias, b_rms_weight) if B is None else B
+    C = per_token(BC.pop(0), C_proj_bias, c_rms_weight) if C is None else C
+    y = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
-def _real_pairs(BC):
-    """(batch, 2 dstate, seqlen), re and im in turn along dstate -> complex (batch, dstate,
-    seqlen)."""
-    batch, dstate, seqlen = BC.shape
-    return torch.view_as_complex(
-        BC.float().reshape(batch, dstate // 2, 2, seqlen).transpose(2, 3).contiguous())
+def _conv_weight(weight):
+    return weight.squeeze(1) if weight.dim() == 3 else weight  # (dim, 1, width) of a torch Conv1d
+
+
+def _rms_norm(t, weight, eps):
+    """Over the last axis, in float32; weight may be longer where t has groups of it."""
+    y = t.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * weight.float()).to(t.dtype)
 
 
 def selective_state_update(
@@ -173,6 +168,9 @@ def mamba_chunk_scan_combined(
             _wrong(name, "cu_seqlens", "is needed for return_varlen_states")
         if x.shape[0] != 1:
             _wrong(name, "x", f"batch must be 1 with return_varlen_states, got {x.shape[0]}")
+        if seq_idx is None:
+            _unsupported(name, "return_varlen_states", "needs seq_idx, which keeps the sequences "
+                                                       "apart")
         count = len(cu_seqlens) - 1
         ends["captured_states"] = torch.zeros(
             (count, *x.shape[2:], B.shape[-1]), dtype=state_dtype or C.dtype, device=x.device)
@@ -184,15 +182,10 @@ def mamba_chunk_scan_combined(
     final = torch.empty(
         (x.shape[0], *x.shape[2:], B.shape[-1]), dtype=torch.float32,
         device=x.device) if return_final_states else None
-    if ends:
-        if seq_idx is None:
-            _unsupported(name, "return_varlen_states", "needs seq_idx: without it states would be "
-                                                       "those of a single sequence")
-    result = ssmk.ssd_chunk(
+    return ssmk.ssd_chunk(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=_limits(name, dt_limit),
         initial_states=initial_states, seq_idx=seq_idx, final_states=final, chunk_size=chunk_size,
         **ends)
-    return result
 
 
 @_no_gradients
@@ -210,8 +203,7 @@ def mamba_split_conv1d_scan_combined(
         headdim = D.shape[1]
     elif headdim is None:
         _wrong(name, "headdim", "is needed where D has one value a head")
-    weight = conv1d_weight.squeeze(1) if conv1d_weight.dim() == 3 else conv1d_weight
-    batch, seqlen, width = zxbcdt.shape
+    weight, width = _conv_weight(conv1d_weight), zxbcdt.shape[-1]
     dim = nheads * headdim
     dstate, odd = divmod(weight.shape[0] - dim, 2 * ngroups)
     if odd or dstate <= 0:
@@ -250,7 +242,7 @@ def mamba_split_conv1d_scan_combined(
 def _gated_norm(y, z, weight, eps, group, norm_before_gate):
     dtype, y, gate = y.dtype, y.float(), F.silu(z.float())
     y = y if norm_before_gate else y * gate
-    y = F.rms_norm(y.unflatten(-1, (-1, group)), (group,), eps=eps).flatten(-2) * weight.float()
+    y = _rms_norm(y.unflatten(-1, (-1, group)), weight.unflatten(0, (-1, group)), eps).flatten(-2)
     return (y * gate if norm_before_gate else y).to(dtype)
 
 
@@ -273,10 +265,9 @@ def causal_conv1d_fn(
         batch, dim, _ = x.shape
         final_states_out = torch.empty(
             (batch, weight.shape[1] - 1, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
-    result = ssmk.causal_conv1d(
+    return ssmk.causal_conv1d(
         x, weight, bias, activation=activation, seq_idx=seq_idx, initial_states=initial_states,
         final_states=final_states_out, out=torch.empty_like(x))
-    return result
 
 
 def causal_conv1d_update(
@@ -303,31 +294,29 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
 
 # ---------------------------------------------------------------- Mamba-3
 #
-# There Q, K, V are C, B, x here; scalars per head lie (batch, nheads, seqlen), here (batch, seqlen,
-# nheads).  In prefill trap is a logit.
+# There Q, K, V are C, B, x here.  Scalars of a head lie (batch, nheads, seqlen), here (batch,
+# seqlen, nheads).  trap is a logit, except in mamba3_step_fn.
 
 
-def _tokens_first(t):
-    return None if t is None else t.transpose(1, 2)
+def _empty(like, dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _mamba3(
-        name, Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, states, cu_seqlens, chunk_size,
-        want_states, rotary, **more):
-    initial = {}
-    if states is not None:
-        angle, ssm, k, v = states
-        initial = dict(
-            initial_states=ssm, initial_angle_states=angle, initial_v_states=v,
-            initial_k_states=k[:, None] if k.dim() == 3 else k)
-    result = ssmk.ssd_chunk(
-        V, _tokens_first(DT), None, K, Q, D, Z, adt=_tokens_first(ADT), trap=_tokens_first(Trap),
-        angles=Angles, rotary=rotary, B_bias=K_bias, C_bias=Q_bias, cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size, return_final_states=want_states, **initial, **more)
-    if not want_states:
-        return result
-    out, ssm, angle, k, v = result
-    return out, angle, ssm, k, v
+def _prefill3(Q, K, V, ADT, DT, Trap, Angles, D, Z, cu_seqlens, final, **more):
+    return ssmk.ssd_chunk(
+        V, DT.transpose(1, 2), None, K, Q, D, Z, adt=ADT.transpose(1, 2),
+        trap=Trap.transpose(1, 2), angles=Angles, cu_seqlens=cu_seqlens, **final, **more)
+
+
+def _final_states(V, K, Angles, cu_seqlens, rank, k_dtype, v_dtype):
+    """Room for the states after each sequence: angles and h in float32."""
+    nseq = V.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    nheads, headdim = V.shape[2:]
+    return dict(
+        final_states=_empty(V, torch.float32, nseq, nheads, headdim, K.shape[-1]),
+        final_angle_states=_empty(V, torch.float32, nseq, nheads, Angles.shape[-1]),
+        final_k_states=_empty(V, k_dtype, nseq, rank, nheads, K.shape[-1]),
+        final_v_states=_empty(V, v_dtype, nseq, nheads, headdim))
 
 
 def mamba3_siso_combined(
@@ -335,19 +324,135 @@ def mamba3_siso_combined(
         chunk_size=64, return_final_states=False, cu_seqlens=None):
     """Prefill of Mamba-3 with rank 1: Q, K (batch, seqlen, ngroups, dstate), V, Z (batch, seqlen,
     nheads, headdim), ADT, DT, Trap (batch, nheads, seqlen), biases (nheads, dstate), Angles (batch,
-    seqlen, nheads, nangles).  Returns out, or (out, angle, ssm, k, v) states, one for each packed
-    sequence, in the dtypes of Input_States, else float32."""
-    result = _mamba3(
-        "mamba3_siso_combined", Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, Input_States,
-        cu_seqlens, chunk_size, return_final_states, "interleaved")
-    if not return_final_states:
+    seqlen, nheads, nangles).  Returns out in V's dtype, or (out, angle, ssm, k, v) with states of
+    every sequence; v in V's dtype, the others float32."""
+    final = {}
+    if return_final_states:
+        final = _final_states(V, K, Angles, cu_seqlens, 1, torch.float32, V.dtype)
+    initial = {}
+    if Input_States is not None and any(t is not None for t in Input_States):
+        if any(t is None for t in Input_States):
+            _wrong("mamba3_siso_combined", "Input_States", "all four or none")
+        angle, ssm, k, v = Input_States
+        initial = dict(
+            initial_states=ssm, initial_angle_states=angle, initial_k_states=k[:, None],
+            initial_v_states=v)
+    result = _prefill3(
+        Q, K, V, ADT, DT, Trap, Angles, D, Z, cu_seqlens, final, B_bias=K_bias, C_bias=Q_bias,
+        chunk_size=chunk_size, **initial)
+    if not final:
         return result
-    out, angle, ssm, k, v = result
+    out, ssm, angle, k, v = result
     return out, angle, ssm, k[:, 0], v
 
 
 def mamba3_mimo(
-        Q, K, V, ADT, DT, Trap, Q_bias, K_bias, MIMO_V, MIMO_Z, MIMO_Out, Angles, D=None, Z=None,
-        chunk_size=16, rotary_dim_divisor=4, dtype=torch.bfloat16, return_state=False,
-        cu_seqlens=None, outproj_norm_weight=None, outproj_norm_eps=1e-5):
-    """placeholder"""
+        Q, K, V, ADT, DT, Trap, Q_bias, K_bias, MIMO_V, MIMO_Z, MIMO_Out, Angles, D, Z, chunk_size,
+        rotary_dim_divisor, dtype, return_state=False, cu_seqlens=None,
+        fuse_pregate_headwise_rms_norm=False, outproj_norm_weight=None, outproj_norm_eps=1e-5):
+    """Prefill of Mamba-3 with rank R: Q, K (batch, seqlen, R, ngroups, dstate), biases (nheads, R,
+    dstate), MIMO_V, MIMO_Z, MIMO_Out (nheads, R, headdim), the rest as in mamba3_siso_combined.
+    Returns out in `dtype`, (batch, seqlen, R, nheads, headdim) if MIMO_Out is None; or (out, angle,
+    ssm, k, v) with states of every sequence; k in `dtype`, v in V's, the others float32."""
+    name, rank, dstate = "mamba3_mimo", Q.shape[2], Q.shape[-1]
+    nheads, headdim = V.shape[2:]
+    if Angles.shape[-1] * rotary_dim_divisor != dstate:
+        _wrong(name, "Angles", f"must have {dstate} / {rotary_dim_divisor} values a head, got "
+                               f"{Angles.shape[-1]}")
+    norm = {}
+    if fuse_pregate_headwise_rms_norm:
+        if outproj_norm_weight is None or MIMO_Out is None or Z is None:
+            _wrong(name, "fuse_pregate_headwise_rms_norm", "needs outproj_norm_weight, MIMO_Out "
+                                                           "and Z")
+        norm = dict(norm_weight=outproj_norm_weight.view(nheads, headdim),
+                    norm_eps=outproj_norm_eps)
+    elif outproj_norm_weight is not None:
+        _wrong(name, "outproj_norm_weight", "without fuse_pregate_headwise_rms_norm")
+    final = {}
+    if return_state:
+        final = _final_states(V, K, Angles, cu_seqlens, rank, dtype, V.dtype)
+    several = MIMO_Out is None and rank > 1
+    out = _empty(V, dtype, *V.shape[:2], *((rank,) if several else ()), nheads, headdim)
+    result = _prefill3(
+        Q, K, V, ADT, DT, Trap, Angles, D, Z, cu_seqlens, final, B_bias=K_bias, C_bias=Q_bias,
+        rotary="half", mimo_x=MIMO_V, mimo_z=None if Z is None else MIMO_Z, mimo_out=MIMO_Out,
+        chunk_size=chunk_size, out=out, **norm)
+    if MIMO_Out is None and not several:
+        out = out[:, :, None]
+    if not final:
+        return out
+    _, ssm, angle, k, v = result
+    return out, angle, ssm, k, v
+
+
+def mamba3_siso_step(
+        Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D=None, Z=None, Input_States=None):
+    """One token: shapes of mamba3_siso_combined without seqlen.  Returns (out, [angle, ssm, k, v]),
+    new states in float32, v being V itself; Input_States stay as they are."""
+    if Input_States is None:
+        _wrong("mamba3_siso_step", "Input_States", "are needed")
+    angle, ssm, k, v = (t.to(torch.float32, copy=True) for t in Input_States)
+    out = ssmk.state_update(
+        ssm, V, DT, None, K, Q, D, Z, adt=ADT, trap=Trap, angles=Angles, B_bias=K_bias,
+        C_bias=Q_bias, angle_state=angle, k_state=k[:, None], v_state=v)
+    return out, [angle, ssm, k, V]
+
+
+def mamba3_step_fn(
+        state, Bstate, Xstate, A, B, C, D, x, dt, trap, xproj, outproj=None, state_out=None,
+        out=None, z=None, zproj=None, tile_D=64, num_warps=2):
+    """One token of rank R, behind bias and rotation: B, C (batch, R, nheads, dstate), trap in
+    [0, 1], xproj, outproj, zproj (R, nheads, headdim).  Writes state (state_out, if given, instead)
+    and out, (batch, R, nheads, headdim) without outproj, which the caller allocates.  Bstate and
+    Xstate are read only, the caller advances them.  z gates without outproj as well.  tile_D and
+    num_warps say how a GPU does it."""
+    name, rank = "mamba3_step_fn", B.shape[1]
+    if out is None:
+        _wrong(name, "out", "is needed")
+    if zproj is not None and z is None:
+        _wrong(name, "zproj", "without z")
+    if state_out is not None:
+        state_out.copy_(state)
+        state = state_out
+
+    def heads_first(t):
+        return None if t is None else t.transpose(0, 1)
+
+    ssmk.state_update(
+        state, x, dt, None, B, C, D, z, adt=A * dt, trap=trap, trap_sigmoid=True,
+        mimo_x=heads_first(xproj), mimo_z=heads_first(zproj), mimo_out=heads_first(outproj),
+        k_state=Bstate.clone(), v_state=Xstate.clone(),
+        out=out[:, 0] if outproj is None and rank == 1 else out)
+
+
+@_no_gradients
+def apply_rotary_qk_inference_fwd(
+        q, k, angle_state, angle_proj, dt, bias_q=None, bias_k=None, inplace=False, conjugate=False,
+        rotate_pairwise=True):
+    """Bias and rotation of one token's q, k (batch, R, nheads, dstate): (q, k, angle_state).  The
+    angle is kept in [0, 2 pi).  ssmk.state_update does this itself where it gets angles; on its own
+    it is torch's."""
+    theta = angle_state.float() + math.pi * torch.tanh(angle_proj.float()) * dt.float()[..., None]
+    theta = torch.remainder(theta, 2 * math.pi)
+    cos, sin = torch.cos(theta)[:, None], torch.sin(theta)[:, None]
+    sin = -sin if conjugate else sin
+    nangles, half = theta.shape[-1], q.shape[-1] // 2
+
+    def rotated(t, bias):
+        t = t.float() if bias is None else t.float() + bias.float()
+        if rotate_pairwise:
+            first, second = slice(0, 2 * nangles, 2), slice(1, 2 * nangles, 2)
+        else:
+            first, second = slice(0, nangles), slice(half, half + nangles)
+        a, b = t[..., first], t[..., second]
+        turned = t.clone()
+        turned[..., first] = a * cos - b * sin
+        turned[..., second] = a * sin + b * cos
+        return turned
+
+    results = rotated(q, bias_q), rotated(k, bias_k), theta
+    into = (q, k, angle_state) if inplace else [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, angle_state)]
+    for t, result in zip(into, results):
+        t.copy_(result)
+    return tuple(into)
