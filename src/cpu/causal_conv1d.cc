@@ -18,7 +18,7 @@
 // depend on its inputs alone, and prefill followed by decode gives those of one long prefill.
 #include "cpu/causal_conv1d_tokens.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
+#include "cpu/lambda.h"
 
 namespace ssmk::cpu::SSMK_ISA {
 
@@ -134,8 +134,7 @@ void convolve_sequence(const Prefill &f, const Block &block, const Sequence &q, 
   if (f.p.final_states.given() && q.begin >= t0) finish_sequence(f, block, q);
 }
 
-void prefill_block(void *context, int64_t task) {
-  const Prefill &f = *static_cast<const Prefill *>(context);
+void prefill_block(const Prefill &f, int64_t task) {
   const CausalConv1dProblem &p = f.p;
 
   // Neighbours in memory are neighbours in time.
@@ -243,8 +242,7 @@ void decode_many(const Decode &d, const Block &block, const Step &s) {
   }
 }
 
-void decode_block(void *context, int64_t task) {
-  const Decode &d = *static_cast<const Decode *>(context);
+void decode_block(const Decode &d, int64_t task) {
   const int64_t c0 = task % d.channel_blocks * kChannels, c1 = min(c0 + kChannels, d.p.dim);
   const int64_t b0 = task / d.channel_blocks * kDecodeRows, b1 = min(b0 + kDecodeRows, d.p.batch);
   const Block block(d.v, c0, c1);
@@ -277,8 +275,8 @@ void causal_conv1d(const CausalConv1dProblem &p) {
   }
   f.channel_blocks = ceil_div(p.dim + f.channel_shift, f.block_channels);
   f.token_blocks = max(ceil_div(p.seqlen, f.block_tokens), 1);
-  parallel_for(p.batch * f.channel_blocks * f.token_blocks,
-               p.batch * p.dim * max(p.seqlen, p.state_len), prefill_block, &f);
+  parallel(p.batch * f.channel_blocks * f.token_blocks,
+           p.batch * p.dim * max(p.seqlen, p.state_len), [&](int64_t i) { prefill_block(f, i); });
 }
 
 void causal_conv1d_update(const CausalConv1dUpdateProblem &p) {
@@ -286,8 +284,8 @@ void causal_conv1d_update(const CausalConv1dUpdateProblem &p) {
   const bool few = p.state_len <= kWidth && p.ntokens <= kFewTokens;
   Decode d{p, convolution(p, p.ntokens), ceil_div(p.dim, kChannels), few};
   if (few) d.v.over_time = false;
-  parallel_for(ceil_div(p.batch, kDecodeRows) * d.channel_blocks,
-               p.batch * p.dim * (p.ntokens + p.state_len), decode_block, &d);
+  parallel(ceil_div(p.batch, kDecodeRows) * d.channel_blocks,
+           p.batch * p.dim * (p.ntokens + p.state_len), [&](int64_t i) { decode_block(d, i); });
 }
 
 }  // namespace ssmk::cpu::SSMK_ISA

@@ -11,6 +11,7 @@ namespace ssmk::cpu {
 struct Kernels {
   const char *isa;
   void (*selective_scan)(const SelectiveScanProblem &);
+  void (*ssd_chunk)(const SsdChunkProblem &);
   void (*state_update)(const StateUpdateProblem &);
   void (*causal_conv1d)(const CausalConv1dProblem &);
   void (*causal_conv1d_update)(const CausalConv1dUpdateProblem &);
@@ -31,5 +32,8 @@ constexpr int64_t kMaxStackState = 1024;
 // level.
 uint64_t selective_scan_workspace(const SelectiveScanProblem &);
 uint64_t state_update_workspace(const StateUpdateProblem &);
+
+// A part for each thread that may work on it: num_threads() counts.
+uint64_t ssd_chunk_workspace(const SsdChunkProblem &);
 
 }  // namespace ssmk::cpu

@@ -55,7 +55,7 @@ void relax() {
 class Pool {
  public:
   // One caller has the pool at a time; another one (or a nested call) works alone.
-  bool try_run(int threads, int64_t ntasks, void (*task)(void *, int64_t), void *context) {
+  bool try_run(int threads, int64_t ntasks, void (*task)(void *, int64_t, int), void *context) {
     std::unique_lock<std::mutex> lock(in_use_, std::try_to_lock);
     if (!lock.owns_lock()) return false;
     add_workers(threads - 1);
@@ -67,7 +67,7 @@ class Pool {
     next_.store(0, std::memory_order_relaxed);
     open_.store(true);
     announce();
-    drain();
+    drain(0);
 
     // A worker that enters from now on finds the job closed; wait for those inside.
     open_.store(false);
@@ -102,7 +102,7 @@ class Pool {
       // Entering before looking: the caller closes before it looks who is inside (both sequentially
       // consistent), so either this sees a closed job or the caller waits.
       inside_.fetch_add(1);
-      if (open_.load() && index < helpers_) drain();
+      if (open_.load() && index < helpers_) drain(index + 1);
       inside_.fetch_sub(1);
     }
   }
@@ -120,13 +120,14 @@ class Pool {
     return job_.load(std::memory_order_relaxed);
   }
 
-  void drain() {
+  void drain(int worker) {
     for (int64_t i; (i = next_.fetch_add(run_, std::memory_order_relaxed)) < ntasks_;)
-      for (const int64_t end = std::min(i + run_, ntasks_); i < end; ++i) task_(context_, i);
+      for (const int64_t end = std::min(i + run_, ntasks_); i < end; ++i)
+        task_(context_, i, worker);
   }
 
   // The job; written by the caller that has the pool while it is closed and nobody is inside.
-  void (*task_)(void *, int64_t) = nullptr;
+  void (*task_)(void *, int64_t, int) = nullptr;
   void *context_ = nullptr;
   int64_t ntasks_ = 0, run_ = 1;
   int helpers_ = 0;
@@ -172,11 +173,12 @@ void set_num_threads(int n) {
   chosen.store(n <= 0 ? 0 : std::min(n, kMaxThreads), std::memory_order_relaxed);
 }
 
-void parallel_for(int64_t ntasks, int64_t work, void (*task)(void *, int64_t), void *context) {
-  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), ntasks));
+void parallel_for(int64_t ntasks, int64_t work, int workers, void (*task)(void *, int64_t, int),
+                  void *context) {
+  const int threads = static_cast<int>(std::min<int64_t>(std::min(num_threads(), workers), ntasks));
   if (threads > 1 && work >= kWorthThreads && the_pool().try_run(threads, ntasks, task, context))
     return;
-  for (int64_t i = 0; i < ntasks; ++i) task(context, i);
+  for (int64_t i = 0; i < ntasks; ++i) task(context, i, 0);
 }
 
 }  // namespace ssmk::cpu

@@ -8,12 +8,13 @@
 namespace ssmk::cpu::SSMK_ISA {
 
 void selective_scan(const SelectiveScanProblem &);
+void ssd_chunk(const SsdChunkProblem &);
 void state_update(const StateUpdateProblem &);
 void causal_conv1d(const CausalConv1dProblem &);
 void causal_conv1d_update(const CausalConv1dUpdateProblem &);
 
 extern const Kernels table;
-const Kernels table = {SSMK_ISA_NAME, selective_scan, state_update, causal_conv1d,
+const Kernels table = {SSMK_ISA_NAME, selective_scan, ssd_chunk, state_update, causal_conv1d,
                        causal_conv1d_update};
 
 }  // namespace ssmk::cpu::SSMK_ISA

@@ -11,12 +11,20 @@
 #include "cpu/parallel.h"
 
 namespace ssmk::cpu {
-namespace portable { extern const bench::Loops loops; }
+namespace portable {
+extern const bench::Loops loops;
+}
 #if defined(__x86_64__)
-namespace x86_64_v3 { extern const bench::Loops loops; }
-namespace x86_64_v4 { extern const bench::Loops loops; }
+namespace x86_64_v3 {
+extern const bench::Loops loops;
+}
+namespace x86_64_v4 {
+extern const bench::Loops loops;
+}
 #elif defined(__aarch64__)
-namespace neon { extern const bench::Loops loops; }
+namespace neon {
+extern const bench::Loops loops;
+}
 #endif
 }  // namespace ssmk::cpu
 
@@ -55,7 +63,8 @@ const Levels &levels() {
 template <class Body>
 void parallel(int64_t tasks, const Body &body) {
   ssmk::cpu::parallel_for(
-      tasks, INT64_MAX, [](void *context, int64_t i) { (*static_cast<const Body *>(context))(i); },
+      tasks, INT64_MAX, ssmk::cpu::num_threads(),
+      [](void *context, int64_t i, int) { (*static_cast<const Body *>(context))(i); },
       const_cast<Body *>(&body));
 }
 
