@@ -141,7 +141,6 @@ def make(rng, p):
         a["dt_bias"] = uniform(rng, 0, 0.5, p.nheads, p.dtype_of("dt_bias"))
     if "trap" in p.has and p.trap_sigmoid:
         a["trap"] = uniform(rng, 0, 1, heads, p.dtype_of("trap"))
-        a["trap_sigmoid"] = True
 
     shapes = p.state_shapes()
     for part in p.wanted(p.initial):
@@ -154,6 +153,8 @@ def make(rng, p):
     a.update(dt_softplus=p.softplus, rotary=p.rotary, **p.options)
     if "norm_weight" in p.has:
         a.setdefault("norm_eps", 0.1)
+    if "trap" in p.has and p.trap_sigmoid:
+        a["trap_sigmoid"] = True
     if p.dt_limit:
         a["dt_limit"] = p.dt_limit
     if p.pad_slot is not None:
