@@ -60,22 +60,22 @@ SHAPES = {
         **dict.fromkeys(("x", "z"), ["b l h p"]),
         **dict.fromkeys(("dt", "adt", "trap"), ["b l h"]),
         **dict.fromkeys(("A", "dt_bias"), ["h"]),
-        **dict.fromkeys(("B", "C"), ["b l g n", "b l r g n", "b l g n"]),
+        **dict.fromkeys(("B", "C"), ["b l g n", "b l m g n", "b l g n"]),
         "D": ["h", "h p", "h"],
-        "angles": ["b l h a", "b l h a", "b l a"],
-        **dict.fromkeys(("B_bias", "C_bias"), ["h n", "h r n", "h 1 n"]),
-        **dict.fromkeys(("mimo_x", "mimo_z", "mimo_out"), ["h 1 p", "h r p", "h 1 p"]),
+        "angles": ["b l h q", "b l h q", "b l q"],
+        **dict.fromkeys(("B_bias", "C_bias"), ["h n", "h m n", "h 1 n"]),
+        **dict.fromkeys(("mimo_x", "mimo_z", "mimo_out"), ["h 1 p", "h m p", "h 1 p"]),
         "norm_weight": ["h p"],
         **dict.fromkeys(("initial_states", "final_states"), ["s h p n"]),
-        **dict.fromkeys(("initial_angle_states", "final_angle_states"), ["s h a"]),
-        **dict.fromkeys(("initial_k_states", "final_k_states"), ["s 1 h n", "s r h n", "s 1 h n"]),
+        **dict.fromkeys(("initial_angle_states", "final_angle_states"), ["s h q"]),
+        **dict.fromkeys(("initial_k_states", "final_k_states"), ["s 1 h n", "s m h n", "s 1 h n"]),
         **dict.fromkeys(("initial_v_states", "final_v_states"), ["s h p"]),
-        "capture_positions": ["q"],
-        "captured_states": ["q h p n"],
-        "captured_angle_states": ["q h a"],
-        "captured_k_states": ["q 1 h n", "q r h n", "q 1 h n"],
-        "captured_v_states": ["q h p"],
-        "out": ["b l h p", "b l r h p", "b l h p"],
+        "capture_positions": ["i"],
+        "captured_states": ["i h p n"],
+        "captured_angle_states": ["i h q"],
+        "captured_k_states": ["i 1 h n", "i m h n", "i 1 h n"],
+        "captured_v_states": ["i h p"],
+        "out": ["b l h p", "b l m h p", "b l h p"],
         **STATES,
     },
     "mla_decode": {},
@@ -146,10 +146,10 @@ class Fuzz:
         size = {axis: int(rng.integers(1, 5)) for axis in "bdlnthpk"}
         size.update(e=int(rng.integers(6, 12)), w=int(rng.integers(2, 6)), g=1)
         size["k"] += size["w"] - 1
-        size.update({axis: int(rng.integers(1, 4)) for axis in "rq"})
+        size.update({axis: int(rng.integers(1, 4)) for axis in "mi"})
         if self.chance(0.1):
             size[self.pick(list(size))] = 0
-        size["a"] = int(rng.integers(size["n"] // 2 + 1))
+        size["q"] = int(rng.integers(size["n"] // 2 + 1))
         packed = "cu_seqlens" in self.names and self.chance(0.2)
         pooled = self.chance(0.3)
         if packed:
@@ -175,7 +175,7 @@ class Fuzz:
             size["s"] = size["e"] if pool else sequences
             axes = known[min(column, len(known) - 1)].split() if known else []
             if name == "out" and "mimo_out" in bytes_of:
-                axes = [axis for axis in axes if axis != "r"]
+                axes = [axis for axis in axes if axis != "m"]
             shape = [size.get(axis, 1) for axis in axes]
             if not known or self.chance(noise):
                 shape = [int(n) for n in rng.integers(0, 5, rng.integers(0, 7))]
