@@ -180,7 +180,8 @@ typedef struct ssmk_selective_scan_args {
 } ssmk_selective_scan_args;
 
 SSMK_API ssmk_status ssmk_selective_scan(const ssmk_selective_scan_args *args);
-/* Scratch that the same call needs, in bytes; data pointers are not looked at and may be NULL. */
+/* Scratch that the same call needs, in bytes; data pointers are not looked at and may be NULL.  On
+ * the CPU it may grow with ssmk_num_threads(). */
 SSMK_API ssmk_status ssmk_selective_scan_workspace(const ssmk_selective_scan_args *args,
     uint64_t *bytes);
 
@@ -220,7 +221,8 @@ SSMK_API ssmk_status ssmk_selective_scan_workspace(const ssmk_selective_scan_arg
  *   initial_angle_states, final_angle_states   (nseq, nheads, nangles), with angles
  *   initial_k_states, final_k_states           (nseq, rank, nheads, dstate), with trap
  *   initial_v_states, final_v_states           (nseq, nheads, headdim): x before psi, with trap
- *   capture_positions   index (ncaptures,): flat token numbers b * seqlen + t; negative = skip.
+ *   capture_positions   index (ncaptures,): flat token numbers b * seqlen + t.  Where it is
+ *                       negative, or the token a pad, nothing is captured, nothing written.
  *   captured_states     (ncaptures, nheads, headdim, dstate): the states after those tokens, and
  *                       where given captured_angle_states, captured_k_states, captured_v_states
  *   cu_seqlens, seq_idx, state_indices, has_initial_state: see "Sequences"; for all four states

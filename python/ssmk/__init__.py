@@ -208,7 +208,8 @@ def ssd_chunk(
         capture_positions   index (ncaptures,): flat token numbers b * seqlen + t; the states after
                         that token are written to captured_states (ncaptures, nheads, headdim,
                         dstate) and, where given, to captured_angle_states, captured_k_states,
-                        captured_v_states.  Negative = skip.
+                        captured_v_states.  Nothing is captured where the
+                        position is negative or the token a pad.
         cu_seqlens, seq_idx, state_indices, has_initial_state, pad_slot
                         see "Sequences" and "Slots" in help(ssmk)
 

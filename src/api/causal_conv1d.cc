@@ -50,6 +50,7 @@ void read_problem(Check &c, const ssmk_causal_conv1d_args *user, CausalConv1dPro
                       {a.cu_seqlens, a.seq_idx, a.state_indices, a.has_initial_state,
                        a.initial_states, a.final_states},
                       batch, seqlen, slots);
+  c.may_alias(a.initial_states, a.final_states);
   p->initial_states =
       c.in<3>(a.initial_states, "initial_states", {&slots, &dim, &state_len}, kFloats);
   p->final_states = c.out<3>(a.final_states, "final_states", {&slots, &dim, &state_len}, kFloats);

@@ -98,6 +98,7 @@ void read_problem(Check &c, const ssmk_selective_scan_args *user, SelectiveScanP
                       {a.cu_seqlens, a.seq_idx, a.state_indices, a.has_initial_state,
                        a.initial_states, a.final_states},
                       d.batch, d.seqlen, slots);
+  c.may_alias(a.initial_states, a.final_states);
   const unsigned state_dtypes = p->complex ? kComplex : kFloats;
   p->initial_states = parts(
       c.in<3>(a.initial_states, "initial_states", {&slots, &d.dim, &d.dstate}, state_dtypes), -1);

@@ -134,6 +134,7 @@ void read_problem(Check &c, const ssmk_ssd_chunk_args *user, SsdChunkProblem *p)
                       {a.cu_seqlens, a.seq_idx, a.state_indices, a.has_initial_state,
                        any_of({initial.h, initial.angle, initial.k, initial.v}), any_final},
                       d.batch, d.seqlen, slots);
+  c.may_alias(a.initial_states, a.final_states);
   c.may_alias(a.initial_angle_states, a.final_angle_states);
   c.may_alias(a.initial_k_states, a.final_k_states);
   c.may_alias(a.initial_v_states, a.final_v_states);

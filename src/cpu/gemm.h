@@ -79,19 +79,28 @@ inline void gemm_rows(int rows, float *C, int64_t ldc, GemmA A, const float *B, 
 
 // depth(i): the length of the sum for the rows up to i; width(i): the columns of C up to row i that
 // are wanted, the rest may be left alone.  Both never decrease; a tile takes those of its last row.
-template <class Depth, class Width>
+// between(i, end) is called before the tile of the rows i .. end of the first columns: what it
+// fetches arrives while the tile is computed.
+struct GemmNothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
+template <class Depth, class Width, class Between = GemmNothing>
 inline void gemm(float *C, int64_t ldc, GemmA A, const float *B, int64_t ldb, int64_t rows,
-                 int64_t columns, GemmScale scale, const Depth &depth, const Width &width) {
+                 int64_t columns, GemmScale scale, const Depth &depth, const Width &width,
+                 const Between &between = {}) {
   const int64_t vectors = (columns + kLanes - 1) / kLanes;
   for (int64_t v = 0; v < vectors;) {
     const int64_t left = vectors - v;
     // 5 = 3 + 2: a tile of a single vector keeps the multipliers waiting for its sums.
-    const int64_t take = left == kGemmVectors + 1 ? (left + 1) / 2
+    const int64_t most = left == kGemmVectors + 1 ? (left + 1) / 2
                          : left < kGemmVectors    ? left
                                                   : kGemmVectors;
     for (int64_t i = 0; i < rows; i += kGemmRows) {
       const int count = int(rows - i < kGemmRows ? rows - i : kGemmRows);
-      if (width(i + count - 1) <= v * kLanes) continue;
+      if (v == 0) between(i, i + count);
+      const int64_t wanted = (width(i + count - 1) + kLanes - 1) / kLanes - v;
+      const int64_t take = wanted < most ? wanted : most;
       const GemmA a = {A.data + i * A.row, A.row, A.k};
       const GemmScale s = {scale.data ? scale.data + i * scale.row : nullptr, scale.row};
       float *const c = C + i * ldc + v * kLanes;
@@ -104,7 +113,7 @@ inline void gemm(float *C, int64_t ldc, GemmA A, const float *B, int64_t ldb, in
         if (take == 4) gemm_rows<4>(count, c, ldc, a, b, ldb, n, s);
       }
     }
-    v += take;
+    v += most;
   }
 }
 

@@ -82,6 +82,19 @@ SSMK_INLINE vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+// True if every lane of a comparison's result is.
+SSMK_INLINE bool all(vi mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) == 0xff;
+#else
+  int32_t every = -1;
+  for (int i = 0; i < kLanes; ++i) every &= mask[i];
+  return every != 0;
+#endif
+}
+
 SSMK_INLINE vi lane_numbers() {
   vi r{};
   for (int i = 0; i < kLanes; ++i) r[i] = i;
@@ -212,6 +225,14 @@ SSMK_INLINE void store_pairs(bf16 *p, vf even, vf odd) {
   }
   const vu both = e | o;
   std::memcpy(p, &both, sizeof both);
+}
+
+// Brings the line at p into the second-level cache: rows at a large power of two from each other
+// would drive each other out of the first.  GCC takes a function that only prefetches for one
+// without effects and drops its calls; the empty asm is an effect.
+SSMK_INLINE void fetch(const char *p) {
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("" ::"r"(p));
 }
 
 // A store that does not read the line first: for outputs larger than the caches.  p is
@@ -414,6 +435,7 @@ SSMK_INLINE void sincos(vf x, vf *sine, vf *cosine) {
   *sine = bitcast<vf>(bitcast<vu>(a) ^ ((quadrant & 2u) << 30));
   *cosine = bitcast<vf>(bitcast<vu>(b) ^ (((quadrant + 1u) & 2u) << 30));
   const vi exact = bitcast<vi>((x <= splat(kExact)) & (x >= splat(-kExact)));
+  if (__builtin_expect(all(exact), 1)) return;
   for (int i = 0; i < kLanes; ++i)
     if (!exact[i]) {
       (*sine)[i] = std::sin(x[i]);

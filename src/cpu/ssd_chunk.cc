@@ -64,9 +64,15 @@ struct StateAccess {
       write_tile(to.h.at(entry, head), to.h.dtype, to.h.stride[3], to.h.stride[2], s.h,
                  plan.headdim, p.dstate, p.headdim);
     }
-    if (to.angle.given())
+    if (to.angle.given()) {
+      for (int64_t i = 0; i < p.mamba3.nangles; i += kLanes) {
+        const Angle a = wrapped({load(s.theta + i), load(s.theta_low + i)});
+        store(s.theta + i, a.high);
+        store(s.theta_low + i, a.low);
+      }
       write_row(to.angle.at(entry, head), to.angle.dtype, to.angle.stride[2], s.theta,
                 p.mamba3.nangles);
+    }
     if ((to.k.given() || to.v.given()) && s.before_is_zero) {
       clear_before(s);
       s.before_is_zero = false;
@@ -133,9 +139,13 @@ struct Task {
       int64_t stop = end - t < plan.tokens ? end : t + plan.tokens;
       if (captured >= 0 && captured < stop) stop = captured + 1;
       read_projections(t, stop - t);
-      for (int64_t h = 0; h < nheads; ++h)
-        SsdHead{p, plan, scratch, heads[h], seq.row, first + h, group, t, stop - t}.run(
-            h == 0 || !plan.shared_keys);
+      for (int64_t h = 0; h < nheads; ++h) {
+        const int64_t after = end - stop < plan.tokens ? end - stop : plan.tokens;
+        const TokenSpan next = h + 1 < nheads ? TokenSpan{seq.row, first + h + 1, t, stop - t}
+                                              : TokenSpan{seq.row, first, stop, after};
+        SsdHead{p, plan, scratch, heads[h], seq.row, first + h, group, t, stop - t, next}.run(h ==
+                                                                                              0);
+      }
       if (captured == stop - 1) {
         capture(heads, captured);
         captured = next_capture(stop, end);

@@ -34,6 +34,11 @@ struct HeadScratch {
   bool before_is_zero;  // nor to k and v
 };
 
+// Tokens of one head.
+struct TokenSpan {
+  int64_t row, head, begin, tokens;
+};
+
 struct SsdHead {
   const SsdChunkProblem &p;
   const SsdChunkPlan &plan;
@@ -41,6 +46,7 @@ struct SsdHead {
   HeadScratch &state;
   int64_t row, head, group;  // of the batch; of all heads
   int64_t begin, tokens;     // the chunk
+  TokenSpan next;            // what the worker computes after it
 
   float *at(int64_t offset) const { return scratch + offset; }
   int64_t rank() const { return p.mamba3.rank; }
@@ -144,17 +150,44 @@ struct SsdHead {
 
   // Keys and queries of a head that has its own; u = psi x.
 
+  // The sines and cosines of all tokens.  Only theta itself passes from token to token; the rest
+  // is done in a second go, where nothing waits for it.
+  void prepare_angles(bool new_angles) const {
+    const int64_t n = p.mamba3.nangles, ld = plan.nangles;
+    float *const turn = at(plan.at.turn), *const sine = at(plan.at.sine),
+                 *const cosine = at(plan.at.cosine);
+    for (int64_t i = 0; new_angles && i < tokens; ++i) {
+      read_padded(turn + i * ld, p.angles.at(row, begin + i, head), p.angles.dtype,
+                  p.angles.stride[3], n);
+      for (int64_t j = 0; j < n; j += kLanes)
+        store(turn + i * ld + j, tanh(load(turn + i * ld + j)));
+    }
+    for (int64_t j = 0; j < n; j += kLanes) {
+      Angle a = {load(state.theta + j), load(state.theta_low + j)};
+      for (int64_t i = 0; i < tokens; ++i) {
+        a = turned(a, load(turn + i * ld + j) * at(plan.at.dt)[i]);
+        store(sine + i * ld + j, a.high);
+        store(cosine + i * ld + j, a.low);
+      }
+      store(state.theta + j, a.high);
+      store(state.theta_low + j, a.low);
+    }
+    for (int64_t i = 0; i < tokens; ++i)
+      for (int64_t j = i * ld; j < i * ld + n; j += kLanes) {
+        vf s, c;
+        sincos(Angle{load(sine + j), load(cosine + j)}, &s, &c);
+        store(sine + j, s);
+        store(cosine + j, c);
+      }
+  }
+
   void prepare_keys() const {
     const Mamba3 &m = p.mamba3;
     const int64_t ld = plan.dstate;
-    float *const theta = state.theta, *const sine = at(plan.at.sine),
-                 *const cosine = at(plan.at.cosine), *const angle = at(plan.at.angle);
     for (int64_t i = 0; i < tokens; ++i) {
-      if (p.angles.given()) {
-        read_padded(angle, p.angles.at(row, begin + i, head), p.angles.dtype, p.angles.stride[3],
-                    m.nangles);
-        advance_angles(theta, state.theta_low, angle, at(plan.at.dt)[i], m.nangles, sine, cosine);
-      }
+      const float *const sine = at(plan.at.sine) + i * plan.nangles, *const cosine =
+                                                                         at(plan.at.cosine) +
+                                                                         i * plan.nangles;
       for (int64_t r = 0; r < rank(); ++r) {
         const int64_t to = (i * rank() + r) * ld;
         add_bias(at(plan.at.K) + to, at(plan.at.B) + to, m.B_bias.given(),
@@ -225,6 +258,27 @@ struct SsdHead {
     state.before_is_zero = false;
   }
 
+  // A token's row of a head is too short for the processor to see a stream in it, and the next
+  // token's is far.  So rows are fetched while products are computed: token i of a span, from the
+  // rank rows that the product is at.
+  template <int kRank>
+  void prefetch(const View<kRank> &v, int axis, const char *first) const {
+    if (v.stride[axis] != 1) return;
+    const int64_t bytes = p.headdim * size_of(v.dtype);
+    for (int64_t b = 0; b < bytes; b += 64) fetch(first + b);
+    if (bytes > 0) fetch(first + bytes - 1);  // rows need not begin at a line's boundary
+  }
+
+  // Called with the rows of the product with Ht: of the same share of tokens, what this head still
+  // reads and writes, and the x of the next.
+  void prefetch_rows(int64_t i, int64_t end) const {
+    for (int64_t t = (i + rank() - 1) / rank(); t * rank() < end; ++t) {
+      if (p.z.given()) prefetch(p.z, 3, p.z.at(row, begin + t, head));
+      prefetch(p.out, 4, p.out.at(row, begin + t, 0, head));
+      if (t < next.tokens) prefetch(p.x, 3, p.x.at(next.row, next.begin + t, next.head));
+    }
+  }
+
   // Products
 
   // One past the last row that row i may see: those of its own token, and of all before it.
@@ -272,7 +326,10 @@ struct SsdHead {
     float *const Y = at(plan.at.Y);
     const int64_t n = rows(), ld = plan.headdim;
     if (!state.h_is_zero)
-      gemm(Y, ld, {at(plan.at.Q), plan.dstate, 1}, state.h, ld, n, p.headdim, p.dstate, {});
+      gemm(
+          Y, ld, {at(plan.at.Q), plan.dstate, 1}, state.h, ld, n, p.headdim, {},
+          [&](int64_t) { return p.dstate; }, [&](int64_t) { return p.headdim; },
+          [&](int64_t i, int64_t end) { prefetch_rows(i, end); });
     const GemmScale decay = state.h_is_zero ? GemmScale{} : GemmScale{at(plan.at.decay), 1};
     const GemmA M = {at(plan.at.M), plan.padded_rows, 1};
     if (finite) {
@@ -336,16 +393,18 @@ struct SsdHead {
     }
   }
 
-  // `new_keys`: G is not yet what this head needs.
-  void run(bool new_keys) const {
+  // `first`: of the heads of the task, so nothing of what they share is there yet.
+  void run(bool first) const {
     read_parameters();
     prepare_dt();
     prepare_decays();
-    if (!plan.shared_keys) prepare_keys();  // dt is one a token here
+    // While dt is one a token.
+    if (p.angles.given()) prepare_angles(first || p.angles.stride[2] != 0);
+    if (!plan.shared_keys) prepare_keys();
     prepare_rows();
     const bool finite = read_values();
     add_before();
-    if (new_keys) multiply_keys();
+    if (first || !plan.shared_keys) multiply_keys();
     weigh();
     multiply_values(finite);
     write_outputs();

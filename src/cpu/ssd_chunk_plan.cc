@@ -73,7 +73,7 @@ SsdChunkPlan ssd_chunk_plan(const SsdChunkProblem &p) {
   for (int64_t *row : {&a.psi, &a.zeta, &a.phi, &a.before}) *row = room.take(rank_rows);
   for (int64_t *row : {&a.B_bias, &a.C_bias}) *row = room.take(rank_keys);
   for (int64_t *row : {&a.D, &a.norm, &a.gate, &a.sum}) *row = room.take(s.headdim);
-  for (int64_t *row : {&a.angle, &a.sine, &a.cosine}) *row = room.take(s.nangles);
+  for (int64_t *tile : {&a.turn, &a.sine, &a.cosine}) *tile = room.take(s.tokens * s.nangles);
   a.heads = room.used;
 
   Room head;

@@ -27,8 +27,8 @@ struct SsdChunkPlan {
     int64_t log_decay, log_decay_low, decay, dt, gamma, write, weight, trap;  // of its rows
     int64_t token;                                                            // of its rows: int32
     int64_t psi, zeta, phi, B_bias, C_bias, D, norm, before, gate, sum;  // a row, or one a rank
-    int64_t angle, sine, cosine;
-    int64_t heads;  // then for each head of a task:
+    int64_t turn, sine, cosine;  // a row of angles for each token
+    int64_t heads;               // then for each head of a task:
   } at = {};
   struct HeadOffsets {
     int64_t h, theta, theta_low, k, v;
