@@ -532,16 +532,16 @@ def drift(got, want):
 
 @pytest.mark.core
 def test_large_steps_turn_many_times(ops, rng):
-    """dt' of up to 1000: the angle moves by hundreds of turns a token, and float32 knows it."""
+    """The angle moves by up to millions of turns a token, and float32 knows by how many."""
     a = make(rng, Ssd(1, 70, 2, 8, 16, has=("angles",), softplus=False, adt=True, nangles=8))
     a["adt"] = -uniform(rng, 0.5, 3, a["adt"].shape)
-    for largest in (10, 100, 1000):
+    for largest in (10, 100, 1000, 2**22, 2**24):
         # Products that float32 holds exactly, but for the rounding of tanh() itself.
         a["dt"] = rng.integers(1, largest, a["dt"].shape).astype(F32)
         a["angles"] = np.where(rng.random(a["angles"].shape) < 0.5, 30, -30).astype(F32)
         got, want = run(ops, a), wanted_results(a)
-        assert_close(got["out"], want["out"])
         assert_angles(got["final_angle_states"], want["final_angle_states"], "final_angle_states")
+        assert_close(got["out"], want["out"])
 
 
 def test_saturated_angles(ops, rng):
@@ -555,6 +555,21 @@ def test_angle_states_outside_of_one_turn_are_reduced(ops, rng):
     a = make(rng, siso(2, 20))
     a["initial_angle_states"] = uniform(rng, -40, 40, a["initial_angle_states"].shape)
     assert_like_reference(ops, a)
+    a["initial_angle_states"] *= 1000
+    assert_like_reference(ops, a)
+
+
+def test_angle_states_pass_as_they_are_where_there_are_no_tokens(ops, rng):
+    """Also those that no call of ours would have left, and the last ones before a whole turn."""
+    a = make(rng, siso(2, 5, nangles=8))
+    odd = np.array([7, -1, -0.0, 1e6, 6.2831855, 6.283185, 6.2831845, 1e-38], F32)
+    a["initial_angle_states"] = np.broadcast_to(odd, (2, 4, 8))
+    a["seq_idx"] = np.full((2, 5), -1)
+    got = run(ops, a)["final_angle_states"]
+    assert_same_bits(got, np.ascontiguousarray(a["initial_angle_states"]))
+    none = {**tokens_of(a, 0, 0, 0), "cu_seqlens": np.array([0, 0, 0])}
+    got = run(ops, none, **{name: a[name] for name in INITIAL})["final_angle_states"]
+    assert_same_bits(got, np.ascontiguousarray(a["initial_angle_states"]))
 
 
 @pytest.mark.core
