@@ -304,9 +304,11 @@ SSMK_API ssmk_status ssmk_ssd_chunk_workspace(const ssmk_ssd_chunk_args *args, u
  *   trap         (batch, [T,] nheads)
  *   angles       (batch, [T,] nheads, nangles) or (batch, [T,] nangles)
  *   B_bias, C_bias, mimo_x, mimo_z, mimo_out, norm_weight, rotary as in ssd_chunk
- *   angle_state  (entries, nheads, nangles), with angles; in place, as are
+ *   angle_state  (entries, nheads, nangles), required with angles; in place, as are
  *   k_state      (entries, rank, nheads, dstate) and
- *   v_state      (entries, nheads, headdim), both with trap
+ *   v_state      (entries, nheads, headdim), both required with trap
+ *   With angles dt and dt_bias are one value a head.  Exactly one of A and adt is given.
+ *   Angles are stored in [0, 2 pi).
  *   out is (batch, [T,] rank, nheads, headdim) if rank > 1 without mimo_out
  *
  * Slots (all optional; index dtypes):
@@ -322,7 +324,8 @@ SSMK_API ssmk_status ssmk_ssd_chunk_workspace(const ssmk_ssd_chunk_args *args, u
  *                         With 0 the state passes through.
  *   intermediate_states   (rows, T, ...), float: the state after token t of row b goes to
  *                         [intermediate_indices[b], t]; likewise intermediate_angle_states,
- *                         _k_states and _v_states.  In place: see num_accepted_tokens.
+ *                         _k_states and _v_states, which come with it where their parts do.  In
+ *                         place: see num_accepted_tokens.
  *   intermediate_indices  (batch,); NULL = the row number; a negative one: none for that row.
  *   num_accepted_tokens   (batch,).  With 2-D state_indices: see there.  Otherwise, with
  *                         intermediate_states: row b starts from its intermediate state number

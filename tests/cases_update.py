@@ -12,6 +12,13 @@ from cases import (
 )
 
 TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state")
+# Of Mamba-3: what a call may have of it, and the states that go with that.
+PARTS = (
+    "adt", "trap", "angles", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_out", "norm_weight",
+)
+STATES = ("state", "angle_state", "k_state", "v_state")
+# Arguments that belong to a token of a row.
+TOKENS = ("x", "dt", "B", "C", "z", "adt", "trap", "angles")
 
 # What lies in slots that a call writes without reading them: a value that cannot hide.
 FAR = 3e4
@@ -47,6 +54,13 @@ class Update:
     index_dtype: object = I64
     layout: str = "packed"
     options: dict = field(default_factory=dict)
+    parts: tuple = ()  # of PARTS; then it is Mamba-3
+    rank: int = None  # None: B and C have no axis of ranks
+    nangles: int = 3
+    shared_angles: bool = False  # one set for all heads
+    flat_bias: bool = False  # B_bias and C_bias without the axis of ranks
+    rotary: str = "interleaved"
+    trap_sigmoid: bool = False
 
     def dtype_of(self, name):
         if isinstance(self.dtype, dict):
@@ -61,6 +75,23 @@ class Update:
     def channels(self):
         """The axes of x after batch and T."""
         return (self.nheads, self.headdim) if self.heads else (self.nheads * self.headdim,)
+
+    @property
+    def states(self):
+        """{name: axes after that of the slots} of the states that the call updates."""
+        axes = {"state": (*self.channels, self.dstate)}
+        if "angles" in self.parts:
+            axes["angle_state"] = (self.nheads, self.nangles)
+        if "trap" in self.parts:
+            axes["k_state"] = (self.rank or 1, self.nheads, self.dstate)
+            axes["v_state"] = (self.nheads, self.headdim)
+        return axes
+
+    @property
+    def out_shape(self):
+        time = () if self.T is None else (self.T,)
+        ranks = (self.rank,) if (self.rank or 1) > 1 and "mimo_out" not in self.parts else ()
+        return (self.batch, *time, *ranks, *self.channels)
 
 
 def make(rng, p):
@@ -80,17 +111,20 @@ def make(rng, p):
     shape = per_head["A"] if p.heads and "A" in p.tied else (*channels, p.dstate)
     a["A"] = -log_uniform(rng, 0.3, 8, shape, p.dtype_of("A"))
     groups = (p.ngroups,) if p.heads or p.group_axis else ()
+    ranks = () if p.rank is None else (p.rank,)
     for name in ("B", "C"):
-        a[name] = normal(rng, (p.batch, *time, *groups, p.dstate), p.dtype_of(name))
+        a[name] = normal(rng, (p.batch, *time, *ranks, *groups, p.dstate), p.dtype_of(name))
     if "D" in p.has:
         a["D"] = normal(rng, per_head["D"], p.dtype_of("D"))
     if "z" in p.has:
         a["z"] = normal(rng, a["x"].shape, p.dtype_of("z"))
     if "dt_bias" in p.has:
         a["dt_bias"] = uniform(rng, 0, 0.5, per_head["dt_bias"], p.dtype_of("dt_bias"))
+    a.update(mamba3(rng, p, (p.batch, *time)))
     a.update(slots(rng, p))
-    for name in a:
-        a[name] = laid(rng, a[name], p.layout)
+    for name, value in a.items():
+        if isinstance(value, np.ndarray):
+            a[name] = laid(rng, value, p.layout)
     a.update(dt_softplus=p.softplus, **p.options)
     if p.dt_limit:
         a["dt_limit"] = p.dt_limit
@@ -98,6 +132,33 @@ def make(rng, p):
         a["pad_slot"] = p.pad_slot
     if p.keep_state:
         a["keep_state"] = True
+    return a
+
+
+def mamba3(rng, p, tokens):
+    """The arguments of p.parts, and the switches that go with them."""
+    rank = p.rank or 1
+    per_rank = (p.nheads, rank, p.headdim)
+    bias = (p.nheads, p.dstate) if p.flat_bias else (p.nheads, rank, p.dstate)
+    heads = () if p.shared_angles else (p.nheads,)
+    shapes = {
+        "adt": (*tokens, p.nheads), "trap": (*tokens, p.nheads),
+        "angles": (*tokens, *heads, p.nangles), "B_bias": bias, "C_bias": bias,
+        "mimo_x": per_rank, "mimo_z": per_rank, "mimo_out": per_rank,
+        "norm_weight": (p.nheads, p.headdim),
+    }
+    a = {name: normal(rng, shapes[name], p.dtype_of(name)) for name in PARTS if name in p.parts}
+    if "adt" in a:
+        a["adt"] = -log_uniform(rng, 0.01, 3, a["adt"].shape, p.dtype_of("adt"))
+        a["A"] = None
+    if "trap" in a and p.trap_sigmoid:
+        a["trap"] = uniform(rng, 0, 1, a["trap"].shape, p.dtype_of("trap"))
+    if p.trap_sigmoid:
+        a["trap_sigmoid"] = True
+    if "norm_weight" in a:
+        a["norm_eps"] = 0.1  # a vector near 0 must not decide about its sign
+    if p.rotary != "interleaved":
+        a["rotary"] = p.rotary
     return a
 
 
@@ -141,15 +202,24 @@ def slots(rng, p):
 
 def pools(rng, p, a):
     """The tensors that the call updates in place, by name."""
-    shape = (*p.channels, p.dstate)
-    state = normal(rng, (entries_of(p), *shape), p.dtype_of("state"))
-    if "state_indices_out" in a:
-        written = a["state_indices_out"]
-        state[written[written >= 0]] = FAR
-    placed = {"state": place(rng, state, p.layout)}
-    if p.intermediate is not None:
-        kept = normal(rng, (p.intermediate, p.tokens, *shape), p.dtype_of("intermediate_states"))
-        placed["intermediate_states"] = place(rng, kept, p.layout)
+
+    def drawn(name, shape):
+        if "angle" in name:
+            return uniform(rng, 0, 6.2, shape, p.dtype_of(name))
+        return normal(rng, shape, p.dtype_of(name))
+
+    placed = {}
+    for name, shape in p.states.items():
+        pool = drawn(name, (entries_of(p), *shape))
+        if "state_indices_out" in a:
+            written = a["state_indices_out"]
+            pool[written[written >= 0]] = FAR
+        placed[name] = place(rng, pool, p.layout)
+    for name, shape in p.states.items():
+        if p.intermediate is not None:
+            name = f"intermediate_{name}s"
+            kept = drawn(name, (p.intermediate, p.tokens, *shape))
+            placed[name] = place(rng, kept, p.layout)
     return placed
 
 
@@ -160,7 +230,7 @@ def check(ops, rng, p):
     arrays = {name: buffer.array for name, buffer in placed.items()}
     before = {name: array.copy() for name, array in arrays.items()}
     want = reference.state_update(**before, **a)
-    out = blank(rng, a["x"].shape, p.dtype_of("out"), p.layout)
+    out = blank(rng, p.out_shape, p.dtype_of("out"), p.layout)
     inputs = Untouched(**a)
 
     result = ops.state_update(**arrays, **a, out=out.array)
@@ -177,10 +247,25 @@ def check(ops, rng, p):
 
 def assert_pool(pool, before, want, name):
     """States that the call changes are close to the reference; all other bytes are as before."""
-    axes = 1 if name == "state" else 2
+    axes = 2 if name.startswith("intermediate") else 1
     changed = (want != wide(before)).any(axis=tuple(range(axes, want.ndim)))
-    assert_close(pool[changed], want[changed], name)
+    if "angle" in name:
+        assert_angles(pool[changed], want[changed], name)
+    else:
+        assert_close(pool[changed], want[changed], name)
     assert_same_bits(pool[~changed], before[~changed], f"{name}: slots that no row writes")
+
+
+def assert_angles(got, want, name):
+    """In [0, 2 pi), and close: just below 2 pi is close to 0."""
+    assert ((wide(got) >= 0) & (wide(got) < 2 * np.pi)).all(), f"{name}: an angle is out of range"
+    turns = np.round((wide(got) - want) / (2 * np.pi))
+    assert_close(got, want + turns * 2 * np.pi, name)
+
+
+def copies(placed):
+    """The arrays of pools() packed, to be written by one call more."""
+    return {name: np.array(buffer.array) for name, buffer in placed.items()}
 
 
 def run(ops, a, state, **more):

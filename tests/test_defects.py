@@ -74,6 +74,88 @@ def test_7_the_angle_of_prefill_is_reduced_to_one_turn(ops, rng):
             assert (got[name] >= 0).all() and (got[name] <= np.float32(2 * np.pi)).all()
 
 
+MAMBA3 = ("adt", "trap", "angles", "B_bias", "C_bias")
+
+
+def mamba3(rng, batch=2, T=None, **more):
+    """(arguments, states) of a decode call of Mamba-3."""
+    p = cases_update.Update(batch, T, **{"parts": MAMBA3, **more})
+    return cases_update.make(rng, p), cases_update.copies(cases_update.pools(rng, p, {}))
+
+
+def check_mamba3(ops, a, states):
+    """One call on a copy of the states, against the reference: (out, states afterwards)."""
+    want = reference.state_update(**states, **a)
+    states = {name: array.copy() for name, array in states.items()}
+    out = ops.state_update(**states, **a)
+    assert_close(out, want.out)
+    for name, array in states.items():
+        close = cases_update.assert_angles if name == "angle_state" else assert_close
+        close(array, want.states[name], name)
+    return out, states
+
+
+def test_3_decode_of_mamba3_takes_an_axis_of_tokens(ops, rng):
+    """(batch, 1, ...) is the call of one token, not another operation."""
+    a, states = mamba3(rng, T=1)
+    out, after = check_mamba3(ops, a, states)
+    one = {k: v[:, 0] if k in cases_update.TOKENS and v is not None else v for k, v in a.items()}
+    got, single = check_mamba3(ops, one, states)
+    assert_same_bits(got, out[:, 0])
+    for name in states:
+        assert_same_bits(single[name], after[name], name)
+
+
+def test_4_angles_are_as_exact_as_float32_whatever_the_inputs(ops, rng):
+    """Inputs of bfloat16 do not make the angle one: after 1000 tokens it is still exact."""
+    dtypes = dict.fromkeys(("x", "B", "C", "trap", "angles"), BF16)
+    a, states = mamba3(rng, 1, 1000, dtype=dtypes, softplus=False, nangles=8)
+    _, after = check_mamba3(ops, a, states)
+    want = reference.state_update(**states, **a).states["angle_state"]
+    off = np.remainder(after["angle_state"] - want + np.pi, 2 * np.pi) - np.pi
+    assert np.abs(off).max() < 1e-4
+
+
+@pytest.mark.parametrize("headdim, dstate", [(64, 128), (64, 64), (32, 32), (16, 128), (96, 128)])
+@pytest.mark.parametrize("rank", (1, 4))
+def test_5_the_output_of_mamba3_is_whole_for_every_tile(ops, rng, rank, headdim, dstate):
+    """A wrong reduction over threads doubled h C."""
+    for parts in (MAMBA3, (*MAMBA3, "mimo_x", "mimo_z", "mimo_out")):
+        check_mamba3(ops, *mamba3(rng, headdim=headdim, dstate=dstate, rank=rank, parts=parts))
+
+
+@pytest.mark.parametrize("rank", (1, 2, 4))
+def test_6_z_counts_without_mimo_out(ops, rng, rank):
+    a, states = mamba3(rng, rank=rank, parts=(*MAMBA3, "mimo_x", "mimo_z"))
+    gated, _ = check_mamba3(ops, a, states)
+    plain, _ = check_mamba3(ops, {k: v for k, v in a.items() if k not in ("z", "mimo_z")}, states)
+    zeta = reference.wide(a["mimo_z"]).swapaxes(0, 1)
+    gate = reference.silu(zeta * reference.wide(a["z"])[:, None])
+    assert_close(gated, reference.wide(plain) * (gate if rank > 1 else gate[:, 0]))
+    assert np.abs(gated - plain).max() > 0.01
+
+
+def test_6_every_mix_of_dtypes_is_its_own(ops, rng):
+    """A kernel chosen without looking at x, z and out was run again for other dtypes."""
+    for x in (F32, F16, BF16):
+        for z in (F32, BF16):
+            for out in (F32, F16):
+                p = cases_update.Update(2, parts=MAMBA3, dtype={"x": x, "z": z, "out": out})
+                cases_update.check(ops, rng, p)
+
+
+@pytest.mark.parametrize("rotary", ("interleaved", "half"))
+def test_7_angles_do_not_grow(ops, rng, rotary):
+    a, states = mamba3(rng, 2, softplus=False, rotary=rotary)
+    a["dt"] = np.full_like(a["dt"], 1.5)
+    a["angles"] = np.full_like(a["angles"], 2)
+    a["angles"][1] = -2
+    for _ in range(300):
+        ops.state_update(**states, **a)
+        angles = reference.wide(states["angle_state"])
+        assert ((angles >= 0) & (angles < 2 * np.pi)).all()
+
+
 @pytest.mark.parametrize("heads", [False, True], ids=["mamba1", "mamba2"])
 @pytest.mark.parametrize("missing", [("D",), ("dt_bias",), ("D", "dt_bias", "z")], ids=str)
 def test_8_state_update_without_D_or_dt_bias(ops, rng, heads, missing):
@@ -343,6 +425,24 @@ def test_16_growing_states_are_computed_as_written_in_decode(ops, rng, heads):
     assert_close(state, want.states["state"], "state")
 
 
+def test_15_limits_of_dt_hold_in_decode_of_mamba3(ops, rng):
+    """They reach the decay, the angle and what is written."""
+    parts = ("trap", "angles")
+    a, states = mamba3(rng, parts=parts, dt_limit=(0.3, 0.4), T=3)
+    out, after = check_mamba3(ops, a, states)
+    free, unlimited = check_mamba3(ops, {**a, "dt_limit": None}, states)
+    assert np.abs(out - free).max() > 0.01
+    assert np.abs(after["angle_state"] - unlimited["angle_state"]).max() > 0.01
+
+
+@pytest.mark.parametrize("rank", (None, 3, 4))
+def test_16_growing_states_are_computed_as_written_in_decode_of_mamba3(ops, rng, rank):
+    a, states = mamba3(rng, T=4, rank=rank, parts=("trap", "angles"))
+    check_mamba3(ops, {**a, "A": -a["A"]}, states)
+    b, states = mamba3(rng, T=4, rank=rank)
+    check_mamba3(ops, {**b, "adt": -b["adt"]}, states)
+
+
 # Where the references disagree with one another
 
 
@@ -361,6 +461,20 @@ def test_pad_rows_give_zeros_not_the_output_of_a_zero_state(ops, rng, pad):
     out, after = cases_conv.run_update(ops, c, placed.array, pad_slot=3)
     assert (out[1] == 0).all() and (out[[0, 2]] != 0).any()
     assert_same_bits(after[[1, 3]], placed.array[[1, 3]], "slots of nobody")
+
+
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_output_of_mamba3_comes_from_the_unrounded_states(ops, rng, dtype):
+    """The bits of a 16-bit state are not in the output: rounding comes after it."""
+    for T in (None, 5):
+        dtypes = dict.fromkeys(("state", "k_state", "v_state"), dtype)
+        a, states = mamba3(rng, T=T, dtype=dtypes, dstate=20)  # no even number of vectors
+        precise = {name: array.astype(F32) for name, array in states.items()}
+        want = ops.state_update(**precise, **a)
+        assert_same_bits(ops.state_update(**states, **a), want)
+        for name in states:
+            rounded = precise[name].astype(states[name].dtype)
+            assert_same_bits(states[name], rounded, name)
 
 
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)

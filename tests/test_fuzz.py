@@ -29,16 +29,31 @@ SHAPES = {
         **dict.fromkeys(("initial_states", "final_states"), ["s d n"]),
         **STATES,
     },
-    "state_update": {  # with heads and tokens, with heads, neither
-        "state": ["e h p n", "e h p n", "e h n"],
-        **dict.fromkeys(("x", "z", "out"), ["b t h p", "b h p", "b h"]),
-        "dt": ["b t h", "b h p", "b h"],
-        "A": ["h", "h p n", "h n"],
-        **dict.fromkeys(("B", "C"), ["b t g n", "b g n", "b n"]),
-        **dict.fromkeys(("D", "dt_bias"), ["h", "h p", "h"]),
-        **dict.fromkeys(("state_indices", "state_indices_out"), ["b t", "b", "b"]),
-        "intermediate_states": ["e t h p n", "e 1 h p n", "e 1 h n"],
+    # with heads and tokens, with heads, neither; Mamba-3 with tokens, without them and mimo_out
+    "state_update": {
+        "state": ["e h p n", "e h p n", "e h n", "e h p n", "e h p n"],
+        **dict.fromkeys(("x", "z"), ["b t h p", "b h p", "b h", "b t h p", "b h p"]),
+        "out": ["b t h p", "b h p", "b h", "b t h p", "b m h p"],
+        "dt": ["b t h", "b h p", "b h", "b t h", "b h"],
+        "A": ["h", "h p n", "h n", "h", "h"],
+        **dict.fromkeys(("B", "C"), ["b t g n", "b g n", "b n", "b t m g n", "b m g n"]),
+        **dict.fromkeys(("D", "dt_bias"), ["h", "h p", "h", "h", "h"]),
+        **dict.fromkeys(("state_indices", "state_indices_out"), ["b t", "b", "b", "b t", "b"]),
+        "intermediate_states": ["e t h p n", "e 1 h p n", "e 1 h n", "e t h p n", "e 1 h p n"],
         **dict.fromkeys(("num_tokens", "num_accepted_tokens", "intermediate_indices"), ["b"]),
+        **dict.fromkeys(("adt", "trap"), ["b t h", "b h", "b h", "b t h", "b h"]),
+        "angles": ["b t h q", "b h q", "b h q", "b t h q", "b q"],
+        **dict.fromkeys(("B_bias", "C_bias"), ["h n", "h n", "h n", "h m n"]),
+        **dict.fromkeys(("mimo_x", "mimo_z", "mimo_out"), ["h 1 p", "h 1 p", "h 1 p", "h m p"]),
+        "norm_weight": ["h p"],
+        "angle_state": ["e h q"],
+        "k_state": ["e 1 h n", "e 1 h n", "e 1 h n", "e m h n"],
+        "v_state": ["e h p"],
+        "intermediate_angle_states": ["e t h q", "e 1 h q", "e 1 h q", "e t h q", "e 1 h q"],
+        "intermediate_k_states": [
+            "e t 1 h n", "e 1 1 h n", "e 1 1 h n", "e t m h n", "e 1 m h n"
+        ],
+        "intermediate_v_states": ["e t h p", "e 1 h p", "e 1 h p", "e t h p", "e 1 h p"],
     },
     "causal_conv1d": {
         **dict.fromkeys(("x", "out"), ["b d l", "b d l", "b l d"]),
@@ -81,6 +96,17 @@ SHAPES = {
     "mla_decode": {},
 }
 REQUIRED = {"x", "dt", "A", "B", "C", "out", "state", "weight", "conv_state"}
+# What state_update takes only together with others; and where it has no reason to be absent.
+PARTS = {
+    "adt": (), "trap": (), "angles": (), "B_bias": (), "C_bias": (), "mimo_x": (),
+    "mimo_z": ("z",), "mimo_out": (), "norm_weight": (),
+}
+STATES_OF = {
+    "angle_state": ("angles",), "k_state": ("trap",), "v_state": ("trap",),
+    "intermediate_angle_states": ("angles", "intermediate_states"),
+    "intermediate_k_states": ("trap", "intermediate_states"),
+    "intermediate_v_states": ("trap", "intermediate_states"),
+}
 INTEGERS = {
     "state_indices", "state_indices_out", "num_tokens", "num_accepted_tokens",
     "intermediate_indices", "cu_seqlens", "seq_idx", "cache_seqlens", "capture_positions",
@@ -143,13 +169,12 @@ class Fuzz:
         """(call, {tensor: indices of its bytes in the arena})."""
         rng = self.rng
         self.arena.memory[...] = self.arena.fresh
-        size = {axis: int(rng.integers(1, 5)) for axis in "bdlnthpk"}
+        size = {axis: int(rng.integers(1, 5)) for axis in "bdlnthpkm"}
         size.update(e=int(rng.integers(6, 12)), w=int(rng.integers(2, 6)), g=1)
+        size.update(q=int(rng.integers(size["n"] // 2 + 1)), i=int(rng.integers(1, 4)))
         size["k"] += size["w"] - 1
-        size.update({axis: int(rng.integers(1, 4)) for axis in "mi"})
         if self.chance(0.1):
             size[self.pick(list(size))] = 0
-        size["q"] = int(rng.integers(size["n"] // 2 + 1))
         packed = "cu_seqlens" in self.names and self.chance(0.2)
         pooled = self.chance(0.3)
         if packed:
@@ -157,7 +182,9 @@ class Fuzz:
         sequences = int(rng.integers(1, 5)) if packed else size["b"]
         size["c"] = sequences + 1
         noise = self.pick([0, 0, 0, 0, 0, 0.05, 0.05, 0.05, 0.3, 1])
-        column = int(rng.integers(3))
+        column = int(rng.integers(5 if self.operation == "state_update" else 3))
+        if column == 4:  # of one rank out has no axis
+            size["m"] += 1
         call, bytes_of = Call(self.operation), {}
         for name in self.names:
             known = SHAPES[self.operation].get(name)
@@ -167,6 +194,12 @@ class Fuzz:
                 likely = pooled and any(other.startswith("initial_") for other in bytes_of)
             elif self.operation == "ssd_chunk":
                 likely = self.likely_in_prefill(name, bytes_of, column)
+            elif self.operation == "state_update" and name in PARTS:
+                likely = 0.002 if column < 3 else self.part(name, column, call.tensors)
+            elif self.operation == "state_update" and name in STATES_OF:
+                likely = all(other in call.tensors for other in STATES_OF[name])
+            elif name == "A" and self.operation == "state_update":
+                likely = self.chance(0.7) or column < 3
             else:
                 likely = 1 if name in REQUIRED else 0.3 if known else 0.002
             if not self.chance(0.5 if self.chance(noise) else likely):
@@ -202,6 +235,16 @@ class Fuzz:
         if name.startswith("captured_"):
             return "capture_positions" in bytes_of and (0.5 if name != "captured_states" else 0.95)
         return 0.4
+
+    def part(self, name, column, given):
+        """How likely a call of Mamba-3 has that part of it."""
+        if name == "adt":
+            return "A" not in given
+        if name == "mimo_out":
+            return column == 3
+        if name == "norm_weight" and column == 4:
+            return 0.002
+        return 0.5 if all(other in given for other in PARTS[name]) else 0.002
 
     def write_indices(self, call, name, size):
         """Sensible values where an index tensor lies."""

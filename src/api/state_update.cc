@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <type_traits>
 
+#include "api/mamba3.h"
 #include "api/run.h"
 
 namespace ssmk {
@@ -9,7 +10,7 @@ namespace {
 struct Sizes {
   Dim batch{"batch"}, ntokens{"T"}, nheads{"nheads"}, headdim{"headdim"}, ngroups{"ngroups"},
       dstate{"dstate"};
-  Dim dim{"dim"}, entries{"entries"}, rows{"rows"};
+  Dim dim{"dim"}, entries{"entries"}, rows{"rows"}, rank{"rank"}, nangles{"nangles"};
   bool heads = false;       // the rank of state says so
   bool has_tokens = false;  // the rank of x says so
 };
@@ -35,26 +36,78 @@ View<4> per_row(Check &c, Sizes &d, const DLTensor *t, const char *name, bool ti
                       : spread<4>(take(three, {&d.batch, &d.nheads, &d.headdim}), {0, 2, 3});
 }
 
-// (batch, [T,] ngroups, dstate), and without heads also (batch, [T,] dstate).
-View<4> projection(Check &c, Sizes &d, const DLTensor *t, const char *name) {
+// One value a head and token: (batch, [T,] nheads).
+View<3> per_token(Check &c, Sizes &d, const DLTensor *t, const char *name) {
+  return d.has_tokens ? c.in<3>(t, name, {&d.batch, &d.ntokens, &d.nheads}, kFloats)
+                      : spread<3>(c.in<2>(t, name, {&d.batch, &d.nheads}, kFloats), {0, 2});
+}
+
+// (batch, [T,] nheads, nangles), or (batch, [T,] nangles) for all heads.
+View<4> angles(Check &c, Sizes &d, const DLTensor *t) {
   const int base = d.has_tokens ? 3 : 2;
-  const bool fits =
-      d.heads ? c.rank_is(t, name, {base + 1},
-                          d.has_tokens ? "(batch, T, ngroups, dstate)" : "(batch, ngroups, dstate)")
-              : c.rank_is(
-                    t, name, {base, base + 1},
-                    d.has_tokens ? "(batch, T, [ngroups,] dstate)" : "(batch, [ngroups,] dstate)");
-  if (!fits) return {};
+  if (!c.rank_is(t, "angles", {base, base + 1},
+                 d.has_tokens ? "(batch, T, [nheads,] nangles)" : "(batch, [nheads,] nangles)"))
+    return {};
+  if (t->ndim == base)
+    return d.has_tokens
+               ? spread<4>(c.in<3>(t, "angles", {&d.batch, &d.ntokens, &d.nangles}, kFloats),
+                           {0, 1, 3})
+               : spread<4>(c.in<2>(t, "angles", {&d.batch, &d.nangles}, kFloats), {0, 3});
+  return d.has_tokens ? c.in<4>(t, "angles", {&d.batch, &d.ntokens, &d.nheads, &d.nangles}, kFloats)
+                      : spread<4>(c.in<3>(t, "angles", {&d.batch, &d.nheads, &d.nangles}, kFloats),
+                                  {0, 2, 3});
+}
+
+// B or C without heads: (batch, [T,] [ngroups,] dstate).
+View<5> headless_projection(Check &c, Sizes &d, const DLTensor *t, const char *name) {
+  const int base = d.has_tokens ? 3 : 2;
+  if (!c.rank_is(t, name, {base, base + 1},
+                 d.has_tokens ? "(batch, T, [ngroups,] dstate)" : "(batch, [ngroups,] dstate)"))
+    return {};
   if (t->ndim > base)
     return d.has_tokens
-               ? c.in<4>(t, name, {&d.batch, &d.ntokens, &d.ngroups, &d.dstate}, kFloats)
-               : spread<4>(c.in<3>(t, name, {&d.batch, &d.ngroups, &d.dstate}, kFloats), {0, 2, 3});
+               ? spread<5>(c.in<4>(t, name, {&d.batch, &d.ntokens, &d.ngroups, &d.dstate}, kFloats),
+                           {0, 1, 3, 4})
+               : spread<5>(c.in<3>(t, name, {&d.batch, &d.ngroups, &d.dstate}, kFloats), {0, 3, 4});
   if (!d.ngroups.bound()) d.ngroups.value = 1;
   c.that(d.ngroups.value == 1, name,
          "without an ngroups axis means one group, as in the other projection", d.ngroups.value);
   return d.has_tokens
-             ? spread<4>(c.in<3>(t, name, {&d.batch, &d.ntokens, &d.dstate}, kFloats), {0, 1, 3})
-             : spread<4>(c.in<2>(t, name, {&d.batch, &d.dstate}, kFloats), {0, 3});
+             ? spread<5>(c.in<3>(t, name, {&d.batch, &d.ntokens, &d.dstate}, kFloats), {0, 1, 4})
+             : spread<5>(c.in<2>(t, name, {&d.batch, &d.dstate}, kFloats), {0, 4});
+}
+
+// B or C: with heads (batch, [T,] [rank,] ngroups, dstate).
+View<5> projection(Check &c, Sizes &d, const DLTensor *t, const char *name) {
+  if (!d.heads) return headless_projection(c, d, t, name);
+  const int base = d.has_tokens ? 4 : 3;
+  if (!c.rank_is(t, name, {base, base + 1},
+                 d.has_tokens ? "(batch, T, [rank,] ngroups, dstate)"
+                              : "(batch, [rank,] ngroups, dstate)"))
+    return {};
+  if (t->ndim > base)
+    return d.has_tokens
+               ? c.in<5>(t, name, {&d.batch, &d.ntokens, &d.rank, &d.ngroups, &d.dstate}, kFloats)
+               : spread<5>(c.in<4>(t, name, {&d.batch, &d.rank, &d.ngroups, &d.dstate}, kFloats),
+                           {0, 2, 3, 4});
+  if (!d.rank.bound()) d.rank.value = 1;
+  c.that(d.rank.value == 1, name, "without a rank axis means rank 1, as in the other projection",
+         d.rank.value);
+  return d.has_tokens
+             ? spread<5>(c.in<4>(t, name, {&d.batch, &d.ntokens, &d.ngroups, &d.dstate}, kFloats),
+                         {0, 1, 3, 4})
+             : spread<5>(c.in<3>(t, name, {&d.batch, &d.ngroups, &d.dstate}, kFloats), {0, 3, 4});
+}
+
+// out: as x, or with an axis of ranks that nothing sums up.
+View<5> output(Check &c, Sizes &d, const ssmk_state_update_args &a) {
+  if (d.rank.value <= 1 || a.mimo_out)
+    return spread<5>(per_row(c, d, a.out, "out", false, true), {0, 1, 3, 4});
+  return d.has_tokens ? c.out<5>(a.out, "out",
+                                 {&d.batch, &d.ntokens, &d.rank, &d.nheads, &d.headdim}, kFloats)
+                      : spread<5>(c.out<4>(a.out, "out", {&d.batch, &d.rank, &d.nheads, &d.headdim},
+                                           kFloats),
+                                  {0, 2, 3, 4});
 }
 
 // D or dt_bias: (nheads,), (nheads, headdim), or without heads (dim,).
@@ -76,6 +129,67 @@ View<3> decay(Check &c, Sizes &d, const DLTensor *t) {
 template <int Rank>
 void split_channels(View<Rank> &v, int head_axis, int64_t headdim) {
   v.stride[head_axis] = v.stride[head_axis + 1] * headdim;
+}
+
+// The parts of Mamba-3 beside B, C and out, and their states.
+void read_mamba3(Check &c, Sizes &d, const ssmk_state_update_args &a, StateUpdateProblem *p) {
+  if (!d.heads) {
+    constexpr const char *kWhy = "without heads: state must have 4 axes for Mamba-3";
+    c.forbidden(a.adt, "adt", kWhy);
+    c.forbidden(a.trap, "trap", kWhy);
+    c.forbidden(a.angles, "angles", kWhy);
+    c.forbidden(a.B_bias, "B_bias", kWhy);
+    c.forbidden(a.C_bias, "C_bias", kWhy);
+    c.forbidden(a.mimo_x, "mimo_x", kWhy);
+    c.forbidden(a.mimo_z, "mimo_z", kWhy);
+    c.forbidden(a.mimo_out, "mimo_out", kWhy);
+    c.forbidden(a.norm_weight, "norm_weight", kWhy);
+  }
+  const Mamba3Args parts = {a.B_bias, a.C_bias, a.mimo_x, a.mimo_z,   a.mimo_out, a.norm_weight,
+                            a.z,      a.trap,   a.angles, a.norm_eps, a.rotary,   a.flags};
+  only_with_parts(c, parts,
+                  {a.angle_state, a.k_state, a.v_state, "angle_state", "k_state", "v_state"});
+  only_with_parts(c, parts,
+                  {a.intermediate_angle_states, a.intermediate_k_states, a.intermediate_v_states,
+                   "intermediate_angle_states", "intermediate_k_states", "intermediate_v_states"});
+  if (!c.ok() || !d.heads) return;
+
+  p->adt = per_token(c, d, a.adt, "adt");
+  p->trap = per_token(c, d, a.trap, "trap");
+  p->angles = angles(c, d, a.angles);
+  p->mamba3 = mamba3(c, parts, d.nheads, d.rank, d.headdim, d.dstate, d.nangles);
+  if (a.angles) {
+    constexpr const char *kWhy = "must be one value a head with angles (its number of axes)";
+    c.that(a.dt->ndim == (d.has_tokens ? 3 : 2), "dt", kWhy, a.dt->ndim);
+    c.that(!a.dt_bias || a.dt_bias->ndim == 1, "dt_bias", kWhy, a.dt_bias ? a.dt_bias->ndim : 0);
+    c.required(a.angle_state, "angle_state");
+  }
+  if (a.trap) {
+    c.required(a.k_state, "k_state");
+    c.required(a.v_state, "v_state");
+  }
+  p->angle_state =
+      c.out<3>(a.angle_state, "angle_state", {&d.entries, &d.nheads, &d.nangles}, kFloats);
+  p->k_state = c.out<4>(a.k_state, "k_state", {&d.entries, &d.rank, &d.nheads, &d.dstate}, kFloats);
+  p->v_state = c.out<3>(a.v_state, "v_state", {&d.entries, &d.nheads, &d.headdim}, kFloats);
+
+  // A row goes back to all of its states or to none.
+  if (!a.intermediate_states) {
+    constexpr const char *kAlone = "without intermediate_states";
+    c.forbidden(a.intermediate_angle_states, "intermediate_angle_states", kAlone);
+    c.forbidden(a.intermediate_k_states, "intermediate_k_states", kAlone);
+    c.forbidden(a.intermediate_v_states, "intermediate_v_states", kAlone);
+    return;
+  }
+  if (a.angles) c.required(a.intermediate_angle_states, "intermediate_angle_states");
+  if (a.trap) c.required(a.intermediate_k_states, "intermediate_k_states");
+  if (a.trap) c.required(a.intermediate_v_states, "intermediate_v_states");
+  p->intermediate_angle = c.out<4>(a.intermediate_angle_states, "intermediate_angle_states",
+                                   {&d.rows, &d.ntokens, &d.nheads, &d.nangles}, kFloats);
+  p->intermediate_k = c.out<5>(a.intermediate_k_states, "intermediate_k_states",
+                               {&d.rows, &d.ntokens, &d.rank, &d.nheads, &d.dstate}, kFloats);
+  p->intermediate_v = c.out<4>(a.intermediate_v_states, "intermediate_v_states",
+                               {&d.rows, &d.ntokens, &d.nheads, &d.headdim}, kFloats);
 }
 
 void read_slots(Check &c, Sizes &d, const ssmk_state_update_args &a, Slots *s) {
@@ -151,20 +265,11 @@ void read_problem(Check &c, const ssmk_state_update_args *user, StateUpdateProbl
   c.args(user, &a);
   Sizes d;
 
-  // Mamba-3 is declared, not built.
-  if (c.ok() &&
-      (a.adt || a.trap || a.angles || a.B_bias || a.C_bias || a.mimo_x || a.mimo_z || a.mimo_out ||
-       a.norm_weight || a.angle_state || a.k_state || a.v_state || a.intermediate_angle_states ||
-       a.intermediate_k_states || a.intermediate_v_states || (a.flags & SSMK_TRAP_SIGMOID)))
-    c.unsupported(
-        "Mamba-3 arguments (adt, trap, angles, ...) are declared but not built in this version, on "
-        "any backend");
-
   // shapes
   c.required(a.state, "state");
   c.required(a.x, "x");
   c.required(a.dt, "dt");
-  c.required(a.A, "A");
+  if (!a.adt) c.required(a.A, "A");
   c.required(a.B, "B");
   c.required(a.C, "C");
   c.required(a.out, "out");
@@ -186,10 +291,12 @@ void read_problem(Check &c, const ssmk_state_update_args *user, StateUpdateProbl
   }
   p->x = per_row(c, d, a.x, "x", false);
   p->dt = per_row(c, d, a.dt, "dt", true);
+  if (a.adt) c.forbidden(a.A, "A", "together with adt: it is the log decay itself");
   p->A = decay(c, d, a.A);
   p->B = projection(c, d, a.B, "B");
   p->C = projection(c, d, a.C, "C");
   c.multiple(d.heads ? d.nheads : d.dim, d.ngroups);
+  c.that(!d.rank.bound() || d.rank.value > 0, "B", "rank must be at least 1", d.rank.value);
   p->D = per_head(c, d, a.D, "D");
   p->z = per_row(c, d, a.z, "z", false);
   p->dt_bias = per_head(c, d, a.dt_bias, "dt_bias");
@@ -203,7 +310,8 @@ void read_problem(Check &c, const ssmk_state_update_args *user, StateUpdateProbl
                                   {0, 1, 3, 4});
     }
   }
-  p->out = per_row(c, d, a.out, "out", false, true);
+  read_mamba3(c, d, a, p);
+  p->out = output(c, d, a);
 
   // slots and scalars
   read_slots(c, d, a, &p->slots);
@@ -223,7 +331,8 @@ void read_problem(Check &c, const ssmk_state_update_args *user, StateUpdateProbl
   p->nheads = d.heads ? d.nheads.value : d.ngroups.value;
   p->headdim = d.heads ? d.headdim.value : d.dim.value / d.ngroups.value;
   if (!d.heads) {
-    for (View<4> *v : {&p->x, &p->dt, &p->z, &p->out}) split_channels(*v, 2, p->headdim);
+    for (View<4> *v : {&p->x, &p->dt, &p->z}) split_channels(*v, 2, p->headdim);
+    split_channels(p->out, 3, p->headdim);
     for (View<2> *v : {&p->D, &p->dt_bias}) split_channels(*v, 0, p->headdim);
     split_channels(p->A, 0, p->headdim);
     split_channels(p->state, 1, p->headdim);

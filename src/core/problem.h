@@ -77,6 +77,11 @@ struct Mamba3 {
   float norm_eps = 0;
   bool rotary_half = false;   // pairs (j, j + dstate / 2), else (2j, 2j + 1)
   bool trap_sigmoid = false;  // trap holds lambda, not its logit
+
+  bool any() const {
+    return rank > 1 || B_bias.given() || C_bias.given() || mimo_x.given() || mimo_z.given() ||
+           mimo_out.given() || norm_weight.given();
+  }
 };
 
 struct SelectiveScanProblem {
@@ -96,14 +101,14 @@ struct SelectiveScanProblem {
 
 struct SsdChunkProblem {
   int64_t batch = 0, seqlen = 0, nheads = 0, headdim = 0, ngroups = 1, dstate = 0, ncaptures = 0;
-  int64_t chunk_size = 0;    // 0 = choose
-  View<4> x, z;              // (batch, seqlen, nheads, headdim)
-  View<5> out;               // (batch, seqlen, rank, nheads, headdim); rank summed: stride 0 there
-  View<3> dt, adt, trap;     // (batch, seqlen, nheads)
-  View<1> A, dt_bias;        // (nheads)
-  View<5> B, C;              // (batch, seqlen, rank, ngroups, dstate)
-  View<2> D;                 // (nheads, headdim)
-  View<4> angles;            // (batch, seqlen, nheads, nangles)
+  int64_t chunk_size = 0;  // 0 = choose
+  View<4> x, z;            // (batch, seqlen, nheads, headdim)
+  View<5> out;             // (batch, seqlen, rank, nheads, headdim); rank summed: stride 0 there
+  View<3> dt, adt, trap;   // (batch, seqlen, nheads)
+  View<1> A, dt_bias;      // (nheads)
+  View<5> B, C;            // (batch, seqlen, rank, ngroups, dstate)
+  View<2> D;               // (nheads, headdim)
+  View<4> angles;          // (batch, seqlen, nheads, nangles)
   Mamba3 mamba3;
   HeadStates initial, final, captured;
   View<1> capture_positions;  // (ncaptures)
@@ -129,16 +134,25 @@ struct Slots {
 
 struct StateUpdateProblem {
   int64_t batch = 0, ntokens = 1, nheads = 0, headdim = 0, ngroups = 1, dstate = 0;
-  View<4> x, dt, z,
-      out;       // (batch, T, nheads, headdim); Mamba-1: headdim = dim / nheads, A etc. untied
-  View<3> A;     // (nheads, headdim, dstate)
-  View<4> B, C;  // (batch, T, ngroups, dstate)
+  View<4> x, dt, z;   // (batch, T, nheads, headdim); Mamba-1: headdim = dim / nheads, A etc. untied
+  View<5> out;        // (batch, T, rank, nheads, headdim); one vector for all ranks: stride 0 there
+  View<3> A;          // (nheads, headdim, dstate)
+  View<3> adt, trap;  // (batch, T, nheads)
+  View<5> B, C;       // (batch, T, rank, ngroups, dstate)
   View<2> D, dt_bias;    // (nheads, headdim)
+  View<4> angles;        // (batch, T, nheads, nangles)
   View<4> state;         // (entries, nheads, headdim, dstate)
   View<5> intermediate;  // (rows, T, nheads, headdim, dstate)
+  Mamba3 mamba3;
+  View<3> angle_state, v_state;                // (entries, nheads, nangles or headdim)
+  View<4> k_state;                             // (entries, rank, nheads, dstate)
+  View<4> intermediate_angle, intermediate_v;  // (rows, T, nheads, nangles or headdim)
+  View<5> intermediate_k;                      // (rows, T, rank, nheads, dstate)
   Slots slots;
   DtTransform dt_transform;
   Workspace workspace;
+
+  bool is_mamba3() const { return mamba3.any() || adt.given() || trap.given() || angles.given(); }
 };
 
 enum class Activation : uint8_t { kNone, kSilu };

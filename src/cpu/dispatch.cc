@@ -97,9 +97,20 @@ uint64_t selective_scan_workspace(const SelectiveScanProblem &p) {
   return uint64_t(channels) * uint64_t(p.dstate) * (p.complex ? 8 : 4);
 }
 
+// Arrays of Mamba3Update (state_update_mamba3.h), each padded to whole vectors of the widest level.
+int64_t mamba3_update_floats(const StateUpdateProblem &p) {
+  const int64_t rank = p.mamba3.rank, n = round_up(p.dstate, 16), rows = round_up(p.headdim, 16);
+  return rank * (6 * n + 3 * rows + 256) + 3 * n + 9 * rows + 5 * round_up(p.mamba3.nangles, 16) +
+         (p.ntokens > 1 ? p.headdim * n : 0);
+}
+
 // The states of the call in float32, headdim and dstate padded to whole vectors of the widest
 // level.
 uint64_t state_update_workspace(const StateUpdateProblem &p) {
+  if (p.is_mamba3()) {
+    const int64_t floats = mamba3_update_floats(p);
+    return floats <= kMamba3StackFloats ? 0 : uint64_t(p.batch * p.nheads) * uint64_t(floats) * 4;
+  }
   if (p.dstate <= kMaxStackState) return 0;
   return uint64_t(p.batch * p.nheads * round_up(p.headdim, 16)) * uint64_t(round_up(p.dstate, 16)) *
          4;

@@ -28,12 +28,17 @@ const char *available_levels();
 // the workspace.
 constexpr int64_t kMaxStackState = 1024;
 
-// Bytes of workspace that the problems want (0 unless dstate is that large), the same at every
+// Bytes of workspace that the problems want (0 unless states are that large), the same at every
 // level.
 uint64_t selective_scan_workspace(const SelectiveScanProblem &);
 uint64_t state_update_workspace(const StateUpdateProblem &);
 
 // A part for each thread that may work on it: num_threads() counts.
 uint64_t ssd_chunk_workspace(const SsdChunkProblem &);
+
+// Floats of scratch for one head of one row in a decode call of Mamba-3: on the stack up to a
+// limit, above it in the workspace, one piece a head.
+constexpr int64_t kMamba3StackFloats = 32768;
+int64_t mamba3_update_floats(const StateUpdateProblem &);
 
 }  // namespace ssmk::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Decode, T >= 1 tokens:
+// Decode of Mamba-1 and 2 (Mamba-3: state_update_mamba3.h), T >= 1 tokens:
 //   h[p,n] = exp(dt' A) h[p,n] + dt' x[p] B[n],   y[p] = sum_n h[p,n] C[n] + D x[p],   out = y
 //   silu(z)
 //
@@ -16,6 +16,8 @@
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
 #include "cpu/rows.h"
+#include "cpu/state_update_mamba3.h"
+#include "cpu/state_update_slots.h"
 
 namespace ssmk::cpu::SSMK_ISA {
 namespace {
@@ -24,16 +26,6 @@ constexpr int64_t kChunk = kMaxStackState;  // states whose B and C are in scrat
 constexpr int64_t kRows = 256;              // of a block, at the most
 constexpr int64_t kBlockStates = 16384;     // of a block: 64 KB in float32
 constexpr int64_t kAheadRows = 96;          // between a row of one vector and its prefetch
-
-// Rows (p) by states (n) of one head somewhere in memory.
-struct States {
-  char *data = nullptr;
-  DType dtype = DType::kNone;
-  int64_t row = 0, state = 0;  // strides, in elements
-
-  char *at(int64_t p, int64_t n) const { return data + (p * row + n * state) * size_of(dtype); }
-  bool operator==(const States &o) const { return data == o.data && dtype == o.dtype; }
-};
 
 struct Scratch {
   alignas(64) float B[kChunk], C[kChunk], A[kChunk];
@@ -103,31 +95,6 @@ SSMK_INLINE vf update_row_in_pairs(const bf16 *from, bf16 *to, const float *B, c
   return sum[0] + sum[1];
 }
 
-// Slots of one batch row, resolved.
-struct RowSlots {
-  bool pad = false;
-  int64_t in = 0, out = 0, tokens = 0;
-  int64_t intermediate = -1;  // row of the intermediate states to write, -1: none
-  int64_t start = -1;         // intermediate state to start from, -1: the slot
-};
-
-RowSlots row_slots(const StateUpdateProblem &p, int64_t b) {
-  const Slots &s = p.slots;
-  RowSlots r;
-  const int64_t accepted = s.num_accepted.given() ? read_index(s.num_accepted, b) : 0;
-  const int64_t choice = s.in_choices > 1 && accepted > 1 ? accepted - 1 : 0;
-  r.in = s.in.given() ? read_index(s.in, b, choice) : b;
-  r.out = s.out.given() && !s.out_per_token ? read_index(s.out, b, 0) : r.in;
-  r.pad = s.pad.is_pad(r.in) || s.pad.is_pad(r.out);
-  r.tokens = s.num_tokens.given() ? read_index(s.num_tokens, b) : p.ntokens;
-  if (p.intermediate.given()) {
-    r.intermediate = s.intermediate_indices.given() ? read_index(s.intermediate_indices, b) : b;
-    if (r.intermediate < 0 || r.intermediate >= s.intermediate_entries) r.intermediate = -1;
-    if (!s.in_chosen && r.intermediate >= 0) r.start = accepted - 1;
-  }
-  return r;
-}
-
 struct Task {
   const StateUpdateProblem &p;
   Scratch &s;
@@ -148,7 +115,7 @@ struct Task {
 
   void zero_output(int64_t first, int64_t rows, int64_t from_token) const {
     for (int64_t t = from_token; t < p.ntokens; ++t)
-      zero_row(p.out.at(b, t, head, first), p.out.dtype, p.out.stride[3], rows);
+      zero_row(p.out.at(b, t, 0, head, first), p.out.dtype, p.out.stride[4], rows);
   }
 
   // Rows: dt', decay, gate
@@ -191,7 +158,7 @@ struct Task {
       for (int64_t r = 0; r < rows; r += kLanes)
         store(s.y + r, load(s.y + r) * silu(load(s.z + r)));
     }
-    write_row(p.out.at(b, t, head, first), p.out.dtype, p.out.stride[3], s.y, rows);
+    write_row(p.out.at(b, t, 0, head, first), p.out.dtype, p.out.stride[4], s.y, rows);
   }
 
   // States
@@ -204,8 +171,8 @@ struct Task {
   }
 
   void read_projections(int64_t t, int64_t n0, int64_t n) const {
-    const auto read = [&](float *dst, const View<4> &v) {
-      read_row(dst, v.at(b, t, group, n0), v.dtype, v.stride[3], n);
+    const auto read = [&](float *dst, const View<5> &v) {
+      read_row(dst, v.at(b, t, 0, group, n0), v.dtype, v.stride[4], n);
       for (int64_t i = n; i % kLanes; ++i) dst[i] = 0;
       for (int64_t i = 0; in_pairs() && i < n; i += 2 * kLanes) deinterleave(dst + i, dst + i);
     };
@@ -353,6 +320,7 @@ struct Task {
 void state_update(const StateUpdateProblem &p) {
   if (p.batch == 0 || p.nheads == 0 || p.headdim == 0) return;
   if (p.ntokens == 0 && p.dstate == 0) return;
+  if (p.is_mamba3()) return state_update_mamba3(p);
 
   // Blocks of the states that scratch holds, fewer rows where that leaves threads idle.  dstate
   // beyond the stack: the workspace holds one vector of rows for each task.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The vector functions of one instruction-set level (src/cpu/simd.h, rows.h) against the C library
-// in double, and the 16-bit conversions against their definition, every value.  Built once per
-// level by tests/test_simd.py.
+// The vector functions of one instruction-set level (src/cpu/simd.h, rows.h, mamba3.h) against the
+// C library in double, and the 16-bit conversions against their definition, every value.  Built
+// once per level by tests/test_simd.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 
+#include "cpu/mamba3.h"
 #include "cpu/rows.h"
 
 using namespace ssmk::cpu::SSMK_ISA;
@@ -126,6 +127,113 @@ void shuffles() {
   }
 }
 
+// The rotation and the gate of Mamba-3 (cpu/mamba3.h).
+
+constexpr long double kTurn = 6.283185307179586476925286766559L;
+
+double around(long double a) {  // the distance to a whole number of turns
+  return std::fabs(double(std::remainder(a, kTurn)));
+}
+
+// Many steps, errors carried along: the angles are as exact as after one; each angle is in range.
+void long_rotation() {
+  constexpr int n = 2 * kLanes;
+  alignas(64) float theta[n], low[n] = {}, angle[n], sine[n], cosine[n];
+  long double exact[n];
+  for (int i = 0; i < n; ++i) exact[i] = theta[i] = 0.19f * float(i);
+  unsigned seed = 1;
+  const auto uniform = [&] {
+    return float((seed = seed * 1664525u + 1013904223u) >> 8) * 0x1p-24f;
+  };
+  double worst = 0, worst_sine = 0;
+  for (int t = 0; t < 100000; ++t) {
+    for (float &a : angle) a = 6 * uniform() - 3;
+    // Steps of all sizes, many turns and less than an ulp among them.
+    const float dt = std::exp2(20 * uniform() - 14);
+    advance_angles(theta, low, angle, dt, n, sine, cosine);
+    for (int i = 0; i < n; ++i) {
+      // From the tanh that the kernel has: its own accuracy is tested above.
+      const float half_turns = tanh(splat(angle[i]))[0] * dt;
+      exact[i] = std::remainder(exact[i] + kTurn / 2 * half_turns, kTurn);
+      check(theta[i] >= 0 && double(theta[i]) < double(kTurn), "angle out of range", theta[i]);
+      const double error = around((long double)theta[i] + low[i] - exact[i]);
+      const double off = std::max(std::fabs(double(sine[i] - std::sin(exact[i]))),
+                                  std::fabs(double(cosine[i] - std::cos(exact[i]))));
+      worst = std::max(worst, error);
+      worst_sine = std::max(worst_sine, off);
+    }
+  }
+  std::printf("angles    off by %.3g after 1e5 steps, their sines by %.3g\n", worst, worst_sine);
+  check(worst < 2e-8, "long rotation", worst);
+  check(worst_sine < 2e-7, "sine of a long rotation", worst_sine);
+}
+
+// One step from anywhere, also from angles that others have not wrapped.
+void one_rotation() {
+  const float starts[] = {0,     1e-30f, -1e-30f, 1e-10f,         -1e-10f,
+                          1e-7f, -1e-7f, 3.14f,   0x1.921fb4p+2f, -0.1f,
+                          7,     1000,   -1000,   -3.5f,          1e-4f};
+  const float steps[] = {0,      1e-12f, -1e-12f, 1e-8f, -1e-8f, 1e-4f, -1e-4f, 0.3f,    -0.3f,
+                         0.999f, 2,      -2,      7.5f,  -7.5f,  300,   -300,   40000.f, 1e9f};
+  alignas(64) float theta[kLanes], low[kLanes], angle[kLanes], sine[kLanes], cosine[kLanes];
+  for (float start : starts)
+    for (float step : steps) {
+      for (int i = 0; i < kLanes; ++i) theta[i] = start, low[i] = 0, angle[i] = 30;  // tanh is 1
+      advance_angles(theta, low, angle, step, 1, sine, cosine);
+      check(theta[0] >= 0 && double(theta[0]) < double(kTurn), "angle out of range", theta[0]);
+      const long double exact = (long double)start + kTurn / 2 * step;
+      const double bound = 1e-8 + 1e-7 * std::fabs(double(start));
+      check(around(theta[0] + (long double)low[0] - exact) < bound, "one rotation", start + step);
+      check(around(theta[0] - exact) < bound + 2.5e-7, "one rotation, rounded", start + step);
+    }
+  for (int i = 0; i < kLanes; ++i) theta[i] = 1, low[i] = 0, angle[i] = 1;
+  advance_angles(theta, low, angle, NAN, 1, sine, cosine);
+  check(std::isnan(theta[0]) && std::isnan(sine[0]), "NaN in a rotation", NAN);
+}
+
+void rotated_rows() {
+  constexpr int dstate = 4 * kLanes + 6;
+  for (int half = 0; half < 2; ++half)
+    for (int nangles = 0; nangles <= dstate / 2; ++nangles) {
+      alignas(64) float row[5 * kLanes + 8], sine[3 * kLanes + 8], cosine[3 * kLanes + 8];
+      double want[dstate];
+      for (int i = 0; i < dstate; ++i) want[i] = row[i] = float(i) - 7.25f;
+      for (int j = 0; j < nangles; ++j) {
+        sine[j] = float(std::sin(0.7 * j));
+        cosine[j] = float(std::cos(0.7 * j));
+        double &a = want[half ? j : 2 * j], &b = want[half ? j + dstate / 2 : 2 * j + 1];
+        const double was = a;
+        a = was * cosine[j] - b * sine[j];
+        b = was * sine[j] + b * cosine[j];
+      }
+      rotate(row, sine, cosine, nangles, dstate, half);
+      for (int i = 0; i < dstate; ++i) check(std::fabs(row[i] - want[i]) < 1e-5, "rotate", nangles);
+    }
+}
+
+void gates() {
+  for (int n = 1; n <= 3 * kLanes + 1; ++n) {
+    alignas(64) float y[4 * kLanes], weight[4 * kLanes], gate[4 * kLanes], out[4 * kLanes];
+    double squares = 0;
+    for (int i = 0; i < 4 * kLanes; ++i) {  // noise in the padding must not count
+      y[i] = i < n ? float(std::sin(3.0 * i + 1)) : 1e30f;
+      weight[i] = 1 + 0.1f * float(i % 5);
+      gate[i] = 0.3f * float(i % 7) - 1;
+      squares += i < n ? double(y[i]) * y[i] : 0;
+    }
+    for (int parts = 0; parts < 4; ++parts) {
+      std::memcpy(out, y, sizeof out);
+      normalise_and_gate(out, parts & 1 ? weight : nullptr, 0.25f, parts & 2 ? gate : nullptr, n);
+      for (int i = 0; i < n; ++i) {
+        double want = y[i];
+        if (parts & 1) want *= weight[i] / std::sqrt(squares / n + 0.25);
+        if (parts & 2) want *= gate[i] / (1 + std::exp(-double(gate[i])));
+        check(std::fabs(out[i] - want) < 1e-6, "normalise_and_gate", n);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -133,6 +241,10 @@ int main() {
   halves();
   bfloats();
   shuffles();
+  long_rotation();
+  one_rotation();
+  rotated_rows();
+  gates();
   std::printf("%d lanes, %ld failures\n", kLanes, failures);
   return failures != 0;
 }

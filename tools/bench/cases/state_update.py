@@ -49,6 +49,49 @@ def mamba2_buffers(rng, batch, dtype):
     )
 
 
+def mamba3_buffers(rng, batch, dtype, rank):
+    nheads, headdim, dstate, ngroups, nangles = 32, 64, 128, 1, 32
+    per_rank = (nheads, rank, headdim)
+    mimo = rank > 1
+    return SimpleNamespace(
+        rank=rank,
+        state=normal(rng, (batch, nheads, headdim, dstate), dtype),
+        angle_state=np.mod(normal(rng, (batch, nheads, nangles), np.float32), 6.28),
+        k_state=normal(rng, (batch, rank, nheads, dstate), dtype),
+        v_state=normal(rng, (batch, nheads, headdim), dtype),
+        x=normal(rng, (batch, nheads, headdim), dtype),
+        dt=0.01 + 0.1 * rng.random((batch, nheads), np.float32),
+        adt=-0.01 - rng.random((batch, nheads), np.float32),
+        z=normal(rng, (batch, nheads, headdim), dtype),
+        B=normal(rng, (batch, rank, ngroups, dstate), dtype),
+        C=normal(rng, (batch, rank, ngroups, dstate), dtype),
+        D=normal(rng, nheads, np.float32),
+        trap=normal(rng, (batch, nheads), dtype),
+        angles=normal(rng, (batch, nangles), dtype),
+        B_bias=normal(rng, (nheads, rank, dstate), np.float32),
+        C_bias=normal(rng, (nheads, rank, dstate), np.float32),
+        mimo_x=normal(rng, per_rank, np.float32) if mimo else None,
+        mimo_z=normal(rng, per_rank, np.float32) if mimo else None,
+        mimo_out=normal(rng, per_rank, np.float32) if mimo else None,
+        out=empty((batch, nheads, headdim), dtype),
+    )
+
+
+def mamba3_arguments(b, rows=slice(None)):
+    """Arguments after the states, of some rows of the batch."""
+    tokens = ("x", "dt", "adt", "z", "B", "C", "trap", "angles")
+    weights = ("D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_out")
+    return dict(
+        {name: getattr(b, name)[rows] for name in tokens},
+        A=None,
+        **{name: getattr(b, name) for name in weights},
+        rotary="half" if b.rank > 1 else "interleaved",
+    )
+
+
+MAMBA3_STATES = ("state", "angle_state", "k_state", "v_state")
+
+
 def weights_and_tokens(b, rows=slice(None)):
     """Arguments after the state, of some rows of the batch."""
     return dict(
@@ -182,6 +225,48 @@ def prepare(model, dtype_name, context):
     )
 
 
+def prepare_mamba3(rank, dtype_name, context):
+    dtype = dtype_named(dtype_name)
+    row = 32 * 64 * 128 * dtype.itemsize
+    batch = context.at_least(row)
+    sets = context.make_sets(
+        int(1.25 * batch * row), lambda: mamba3_buffers(context.rng, batch, dtype, rank)
+    )
+    calls = [
+        dict(
+            {name: getattr(b, name) for name in MAMBA3_STATES}, **mamba3_arguments(b), out=b.out
+        )
+        for b in sets
+    ]
+
+    def check():
+        b, rows = sets[0], [0, batch // 2, batch - 1]
+        states = {name: getattr(b, name)[rows] for name in MAMBA3_STATES}
+        want = reference.state_update(**states, **mamba3_arguments(b, rows))
+        ssmk.state_update(**calls[0])
+        return max(
+            relative_error(b.out[rows], want.out),
+            *(
+                relative_error(getattr(b, name)[rows], want.states[name])
+                for name in ("state", "k_state", "v_state")
+            ),
+        )
+
+    return Job(
+        sets=len(sets),
+        run=lambda i: ssmk.state_update(**calls[i]),
+        check=check,
+        tolerance=TOLERANCE[dtype_name][0],
+        peer_tolerance=TOLERANCE[dtype_name][1],
+        ceiling=Ceiling(
+            "in-place read-modify-write of the state",
+            by_set([context.ceilings.update(b.state) for b in sets]),
+        ),
+        amount=2 * sets[0].state.nbytes / 1e9,
+        unit="GB/s",
+    )
+
+
 def cases():
     return [
         Case(
@@ -191,5 +276,13 @@ def cases():
             goal_share=GOAL,
         )
         for name, model in MODELS.items()
+        for dtype in ("fp32", "bf16")
+    ] + [
+        Case(
+            "state_update",
+            f"mamba3 {kind} {dtype}, 32 x 64, dstate 128",
+            lambda context, rank=rank, dtype=dtype: prepare_mamba3(rank, dtype, context),
+        )
+        for kind, rank in (("SISO", 1), ("rank 4", 4))
         for dtype in ("fp32", "bf16")
     ]
