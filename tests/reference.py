@@ -436,11 +436,7 @@ def ssd_chunk(
     zero = State(*(None if shape is None else np.zeros(shape) for shape in shapes))
     spans = list(sequences(batch, seqlen, cu_seqlens, seq_idx))
     final = [
-        None
-        if shape is None
-        else pool.copy()
-        if pool is not None
-        else np.zeros((len(spans), *shape))
+        None if shape is None else final_room(len(spans), shape, pool, state_indices)
         for pool, shape in zip(given, shapes)
     ]
     positions = [] if capture_positions is None else [int(p) for p in capture_positions]

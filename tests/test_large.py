@@ -11,6 +11,7 @@ import pytest
 
 import cases_conv
 import cases_scan
+import cases_ssd
 import cases_update
 import reference
 from cases import BF16, assert_close, normal
@@ -94,6 +95,54 @@ def test_selective_scan(ops, rng, vast):
     out, _ = ops.selective_scan(**a, final_states=pool)
     assert_close(out, want)
     assert_close(pool[slots], want_final, "final_states")
+
+
+def test_ssd_chunk(ops, rng, vast):
+    """All four pools in turn; captures go to rows of a vast tensor."""
+    p = cases_ssd.Ssd(4, 70, 4, 16, 16, has=cases_ssd.SISO)
+    for part, shape in p.state_shapes().items():
+        initial, final = f"initial_{part}states", f"final_{part}states"
+        pool = pool_of(vast, *shape)
+        a = cases_ssd.make(rng, cases_ssd.Ssd(4, 70, 4, 16, 16, has=cases_ssd.SISO, initial=(part,)))
+        slots = far_slots(pool, 4)
+        pool[slots] = a[initial].astype(BF16)
+        a[initial] = pool[slots].copy()
+        want = cases_ssd.wanted_results(a)
+        a.update({initial: pool, "state_indices": slots})
+        out, _ = ops.ssd_chunk(**a, **{final: pool})
+        assert_close(out, want["out"])
+        cases_ssd.assert_state(pool[slots], want[final], final)
+
+
+def test_ssd_chunk_captures(ops, rng, vast):
+    """Most positions are skipped; the last of them lie beyond 2^31 elements."""
+    a = cases_ssd.make(rng, cases_ssd.Ssd(2, 70, 2, 64, 64))
+    captured = pool_of(vast, 2, 64, 64)
+    assert captured.size > 2**31
+    positions = np.full(len(captured), -1, np.int32)
+    rows, tokens = far_slots(captured, 3), [5, 139, 64]
+    positions[rows] = tokens
+    want = cases_ssd.wanted_results({**a, "capture_positions": np.array(tokens)})
+    out, _ = ops.ssd_chunk(**a, capture_positions=positions, captured_states=captured)
+    assert_close(out, want["out"])
+    assert_close(captured[rows], want["captured_states"], "captured_states")
+
+
+def test_tokens_far_apart(ops, rng, vast):
+    """More than 2^31 elements lie between the rows of x and of out, 2^26 between the tokens."""
+    a = cases_ssd.make(rng, cases_ssd.Ssd(2, 9, 2, 4, 16, initial=False))
+    size = np.dtype(BF16).itemsize
+    strides = [size * n for n in (2**31 + 2**22, 2**22, 2**20, 1)]
+    far, out = (np.ndarray((2, 9, 2, 4), BF16, vast, 2**start * size, strides) for start in (0, 18))
+    far[...] = a["x"].astype(BF16)
+    want = cases_ssd.wanted_results({**a, "x": far})["out"]
+    assert_close(ops.ssd_chunk(**{**a, "x": far}, out=out), want)
+    strides = [size * n for n in (2**31 + 2**22, 2**22, 2**20, 1)]
+    for name in ("B", "C"):
+        far = np.ndarray((2, 9, 1, 16), BF16, vast, 0, strides)
+        far[...] = a[name].astype(BF16)
+        assert_close(ops.ssd_chunk(**{**a, name: far}),
+                     cases_ssd.wanted_results({**a, name: far})["out"])  # fmt: skip
 
 
 def test_rows_far_apart(ops, rng, vast):

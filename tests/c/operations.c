@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <ssmk.h>
@@ -232,6 +233,75 @@ static void convolutions(void) {
           BATCH * DIM * STATE_LEN);
 }
 
+/* Mamba-2 in one chunk and more, with a state captured on the way; the scratch is the caller's. */
+static void ssd_chunk(void) {
+  enum { BATCH = 2, SEQLEN = 150, NHEADS = 4, HEADDIM = 3, NGROUPS = 2, DSTATE = 5, AT = 70 };
+  static float x[BATCH][SEQLEN][NHEADS][HEADDIM], dt[BATCH][SEQLEN][NHEADS], A[NHEADS], D[NHEADS];
+  static float B[BATCH][SEQLEN][NGROUPS][DSTATE], C[BATCH][SEQLEN][NGROUPS][DSTATE];
+  static float states[BATCH][NHEADS][HEADDIM][DSTATE], captured[1][NHEADS][HEADDIM][DSTATE];
+  static float out[BATCH][SEQLEN][NHEADS][HEADDIM];
+  static double want[BATCH][SEQLEN][NHEADS][HEADDIM], h[BATCH][NHEADS][HEADDIM][DSTATE];
+  static double want_captured[NHEADS][HEADDIM][DSTATE];
+  int64_t position[1] = {SEQLEN + AT};
+  fill(&x[0][0][0][0], BATCH * SEQLEN * NHEADS * HEADDIM);
+  fill(&dt[0][0][0], BATCH * SEQLEN * NHEADS);
+  fill(&B[0][0][0][0], BATCH * SEQLEN * NGROUPS * DSTATE);
+  fill(&C[0][0][0][0], BATCH * SEQLEN * NGROUPS * DSTATE);
+  fill(D, NHEADS);
+  fill(&states[0][0][0][0], BATCH * NHEADS * HEADDIM * DSTATE);
+  for (int i = 0; i < NHEADS; ++i) A[i] = -0.3f * (float)(i + 1);
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int k = 0; k < NHEADS; ++k)
+      for (int p = 0; p < HEADDIM; ++p) {
+        const int g = k / (NHEADS / NGROUPS);
+        for (int n = 0; n < DSTATE; ++n) h[b][k][p][n] = states[b][k][p][n];
+        for (int t = 0; t < SEQLEN; ++t) {
+          const double step = softplus(dt[b][t][k]);
+          double y = D[k] * x[b][t][k][p];
+          for (int n = 0; n < DSTATE; ++n) {
+            h[b][k][p][n] = exp(step * A[k]) * h[b][k][p][n] + step * x[b][t][k][p] * B[b][t][g][n];
+            y += h[b][k][p][n] * C[b][t][g][n];
+            if (b == 1 && t == AT) want_captured[k][p][n] = h[b][k][p][n];
+          }
+          want[b][t][k][p] = y;
+        }
+      }
+
+  Tensor tx, tdt, tA, tB, tC, tD, tstates, tout, tposition, tcaptured;
+  DLTensor *const in_place = FLOATS(&tstates, states, 4, BATCH, NHEADS, HEADDIM, DSTATE);
+  ssmk_ssd_chunk_args args = {
+      .size = sizeof args,
+      .x = FLOATS(&tx, x, 4, BATCH, SEQLEN, NHEADS, HEADDIM),
+      .dt = FLOATS(&tdt, dt, 3, BATCH, SEQLEN, NHEADS),
+      .A = FLOATS(&tA, A, 1, NHEADS),
+      .B = FLOATS(&tB, B, 4, BATCH, SEQLEN, NGROUPS, DSTATE),
+      .C = FLOATS(&tC, C, 4, BATCH, SEQLEN, NGROUPS, DSTATE),
+      .D = FLOATS(&tD, D, 1, NHEADS),
+      .initial_states = in_place,
+      .final_states = in_place,
+      .capture_positions = INDICES(&tposition, position, 1, 1),
+      .captured_states = FLOATS(&tcaptured, captured, 4, 1, NHEADS, HEADDIM, DSTATE),
+      .out = FLOATS(&tout, out, 4, BATCH, SEQLEN, NHEADS, HEADDIM),
+      .dt_softplus = 1,
+  };
+  uint64_t bytes = 0;
+  if (!succeeded("ssd_chunk", ssmk_ssd_chunk_workspace(&args, &bytes))) return;
+  char *const memory = malloc(bytes + 64);
+  if (!memory) return;
+  args.workspace = memory + (64 - (uintptr_t)memory % 64) % 64;
+  args.workspace_bytes = bytes;
+  if (succeeded("ssd_chunk", ssmk_ssd_chunk(&args))) {
+    compare("ssd_chunk: out", &out[0][0][0][0], &want[0][0][0][0],
+            BATCH * SEQLEN * NHEADS * HEADDIM);
+    compare("ssd_chunk: final_states", &states[0][0][0][0], &h[0][0][0][0],
+            BATCH * NHEADS * HEADDIM * DSTATE);
+    compare("ssd_chunk: captured_states", &captured[0][0][0][0], &want_captured[0][0][0],
+            NHEADS * HEADDIM * DSTATE);
+  }
+  free(memory);
+}
+
 /* What cannot work is refused, and the message tells why. */
 static void refusals(void) {
   float number = 0;
@@ -240,7 +310,8 @@ static void refusals(void) {
   const int refused =
       ssmk_causal_conv1d(&args) == SSMK_INVALID_ARGUMENT && strstr(ssmk_last_error(), "weight");
   const ssmk_ssd_chunk_args ssd = {.size = sizeof ssd};
-  const int absent = ssmk_ssd_chunk(&ssd) != SSMK_OK && strstr(ssmk_last_error(), "ssd_chunk");
+  const int absent = ssmk_ssd_chunk(&ssd) == SSMK_INVALID_ARGUMENT &&
+                     strstr(ssmk_last_error(), "ssd_chunk: x: is required");
   const int about = ssmk_version() >> 16 == SSMK_VERSION_MAJOR &&
                     ssmk_device_count(kDLCPU) == 1 && ssmk_backend_built(kDLCPU) == 1 &&
                     ssmk_num_threads() >= 1 && ssmk_cpu_isa()[0];
@@ -252,6 +323,7 @@ static void refusals(void) {
 
 int main(void) {
   selective_scan();
+  ssd_chunk();
   state_update();
   convolutions();
   refusals();
