@@ -62,8 +62,10 @@ def sound(operation, rng):
             D=f(H), out=f(B, L, H, P), final_states=f(B, H, P, N), dt_softplus=1,
         )
     return dict(
-        q_nope=f(B, H, 64), q_rope=f(B, H, 8), latent=f(B, 16, 64), k_rope=f(B, 16, 8),
-        seqlens=np.array([4, 9]), out=f(B, H, 64), lse=f(B, H),
+        q_nope=f(B, T, H, 64), q_rope=f(B, T, H, 8), codes=rng.integers(0, 2**32, (5, 16, 8), "u4"),
+        scales=f(5, 16, 2), biases=f(5, 16, 2), k_rope=f(5, 16, 8),
+        page_table=np.array([[3, 0], [1, 4]]), seqlens=np.array([20, 9]), new_latent=f(B, T, 64),
+        new_rope=f(B, T, 8), out=f(B, T, H, 64), lse=f(B, T, H),
     )
 
 
@@ -72,16 +74,20 @@ REQUIRED = {
     "state_update": ("state", "x", "dt", "A", "B", "C", "out"),
     "causal_conv1d": ("x", "weight", "out"),
     "causal_conv1d_update": ("x", "conv_state", "weight", "out"),
+    "mla_decode": (
+        "q_nope", "q_rope", "codes", "scales", "biases", "k_rope", "new_rope", "seqlens", "out"
+    ),
 }
 WRITTEN = {
     "selective_scan": ("out", "final_states"),
     "state_update": ("out", "state", "intermediate_states"),
     "causal_conv1d": ("out", "final_states"),
     "causal_conv1d_update": ("out", "conv_state"),
+    "mla_decode": ("out", "lse", "codes", "scales", "biases", "k_rope"),
 }
 FIRST = {
     "selective_scan": "x", "state_update": "state", "causal_conv1d": "x",
-    "causal_conv1d_update": "x",
+    "causal_conv1d_update": "x", "mla_decode": "q_nope",
 }
 INDEX = (
     "seq_idx", "cu_seqlens", "state_indices", "state_indices_out", "num_tokens",
@@ -134,7 +140,7 @@ def test_the_sound_calls_are_sound(sound_call, operation):
 # What is not built
 
 
-@pytest.mark.parametrize("operation", ("ssd_chunk", "mla_decode"))
+@pytest.mark.parametrize("operation", ("ssd_chunk",))
 def test_what_is_not_built_says_so(rng, operation):
     call = Call(operation, **sound(operation, rng))
     assert_refused(call, ".*not built", "UNSUPPORTED")
@@ -262,6 +268,7 @@ def test_wrong_size_of_an_axis(sound_call, operation, name):
         ("state_update", "state_indices"): [1], ("causal_conv1d", "initial_states"): [0],
         ("causal_conv1d", "final_states"): [0], ("causal_conv1d_update", "conv_state"): [0, 2],
         ("causal_conv1d", "weight"): [1], ("causal_conv1d_update", "weight"): [1],
+        ("mla_decode", "page_table"): [1],
     }
     array = SOUND[operation][name]
     for axis in set(range(array.ndim)) - set(free.get((operation, name), [])):
@@ -601,7 +608,7 @@ def test_counts_that_choose_nothing(sound_call):
     )
 
 
-@pytest.mark.parametrize("operation", ("state_update",))
+@pytest.mark.parametrize("operation", ("state_update", "mla_decode"))
 def test_reserved_fields(sound_call, operation):
     assert_refused(sound_call(operation).set(reserved=1), "reserved: must be 0, got 1")
 
@@ -617,11 +624,12 @@ def test_workspace_is_told_without_data(sound_call, operation):
     for tensor in call.tensors.values():
         tensor.c.data = ffi.NULL
     assert call.workspace() == with_data
-    status, message, size = call.set(x=None).workspace()
+    first = FIRST[operation]
+    status, message, size = call.set(**{first: None}).workspace()
     assert (
         status == "INVALID_ARGUMENT"
         and size == 2**64 - 1
-        and message.startswith(f"{operation}: x: is required")
+        and message.startswith(f"{operation}: {first}: is required")
     )
     assert getattr(lib, f"ssmk_{operation}_workspace")(call.args, ffi.NULL) == 1
     assert getattr(lib, f"ssmk_{operation}_workspace")(ffi.NULL, ffi.new("uint64_t *")) == 1
@@ -732,7 +740,7 @@ def test_every_tensor_of_the_struct_is_known_to_these_tests(operation):
     """A field that is added to the header wants its own refusals here."""
     known = {name for name, value in SOUND[operation].items() if isinstance(value, np.ndarray)}
     known |= (
-        {"cu_seqlens"} | set(MAMBA3) | {f"intermediate_{n}_states" for n in ("angle", "k", "v")}
+        {"cu_seqlens", "latent"} | set(MAMBA3) | {f"intermediate_{n}_states" for n in ("angle", "k", "v")}
     )
     if operation in BUILT:
         assert set(tensor_fields(operation)) <= known

@@ -57,9 +57,24 @@ SHAPES = {
         ),
     },
     "ssd_chunk": {},
-    "mla_decode": {},
+    "mla_decode": {  # codes in pages, with tokens; dense codes; dense floats
+        **dict.fromkeys(("q_nope", "out"), ["b t h L", "b t h L", "b h L"]),
+        "q_rope": ["b t h r", "b t h r", "b h r"],
+        "lse": ["b t h", "b t h", "b h"],
+        "new_latent": ["b t L", "b t L", "b L"],
+        "new_rope": ["b t r", "b t r", "b r"],
+        "latent": [None, None, "b S L"],
+        "codes": ["e S W", "b S W", None],
+        **dict.fromkeys(("scales", "biases"), ["e S G", "b S G", None]),
+        "k_rope": ["e S r", "b S r", "b S r"],
+        "page_table": ["b m", None, None],
+        "seqlens": ["b"],
+    },
 }
-REQUIRED = {"x", "dt", "A", "B", "C", "out", "state", "weight", "conv_state"}
+REQUIRED = {
+    "x", "dt", "A", "B", "C", "out", "state", "weight", "conv_state", "q_nope", "latent", "codes",
+    "scales", "biases", "page_table", "seqlens",
+}
 INTEGERS = {
     "state_indices", "state_indices_out", "num_tokens", "num_accepted_tokens",
     "intermediate_indices", "cu_seqlens", "seq_idx", "cache_seqlens", "capture_positions",
@@ -89,6 +104,8 @@ class Arena:
 
     def region(self, code, bits):
         """(first byte, bytes) where values of such a dtype lie."""
+        if (code, bits) == (UINT, 32):
+            return 0, FLOAT_BYTES
         if code in (INT, UINT) and bits == 64:
             return FLOAT_BYTES + INDEX_BYTES, INDEX_BYTES
         if code in (INT, UINT, BOOL):
@@ -117,6 +134,7 @@ class Fuzz:
         size = {axis: int(rng.integers(1, 5)) for axis in "bdlnthpk"}
         size.update(e=int(rng.integers(6, 12)), w=int(rng.integers(2, 6)), g=1)
         size["k"] += size["w"] - 1
+        size.update(L=64, W=8, G=int(rng.integers(1, 3)), S=16, r=size["d"], m=int(rng.integers(1, 3)))
         if self.chance(0.1):
             size[self.pick(list(size))] = 0
         packed = "cu_seqlens" in self.names and self.chance(0.2)
@@ -127,13 +145,23 @@ class Fuzz:
         size["c"] = sequences + 1
         noise = self.pick([0, 0, 0, 0, 0, 0.05, 0.05, 0.05, 0.3, 1])
         column = int(rng.integers(3))
+        chosen = {name: self.chance(0.5) for name in ("rope", "append")}
+        chosen = {
+            "q_rope": chosen["rope"], "k_rope": chosen["rope"], "new_latent": chosen["append"],
+            "new_rope": chosen["rope"] and chosen["append"],
+        }
         call, bytes_of = Call(self.operation), {}
         for name in self.names:
-            known = SHAPES[self.operation].get(name)
+            columns = SHAPES[self.operation].get(name)
+            known = columns and columns[min(column, len(columns) - 1)]
             if name in ("cu_seqlens", "seq_idx"):
                 likely = packed if name == "cu_seqlens" else 0 if packed else 0.2
             elif name in ("state_indices", "has_initial_state") and "cu_seqlens" in self.names:
                 likely = pooled and "initial_states" in bytes_of
+            elif columns and not known:  # not in such a call
+                likely = 0.002
+            elif name in chosen:
+                likely = chosen[name]
             else:
                 likely = 1 if name in REQUIRED else 0.3 if known else 0.002
             if not self.chance(0.5 if self.chance(noise) else likely):
@@ -141,7 +169,7 @@ class Fuzz:
             size["s"] = (
                 size["e"] if pooled and name in ("initial_states", "final_states") else sequences
             )
-            axes = known[min(column, len(known) - 1)].split() if known else []
+            axes = known.split() if known else []
             shape = [size.get(axis, 1) for axis in axes]
             if not known or self.chance(noise):
                 shape = [int(n) for n in rng.integers(0, 5, rng.integers(0, 7))]
@@ -185,11 +213,18 @@ class Fuzz:
             )
         elif name.startswith("num_"):
             values = self.rng.integers(0, size["t"] + 1, count)
+        elif name == "page_table":
+            values = self.rng.permutation(max(size["e"], count))
+        elif name == "seqlens":
+            least = 0 if self.chance(0.1) else min(size["t"], size["S"])
+            values = self.rng.integers(least, size["S"] + 1, count)
         else:
             values = self.rng.integers(-1 if name == "seq_idx" else 0, 3, count)
         view[...] = np.resize(values, view.shape)
 
     def plausible(self, name):
+        if name in ("codes", "lse"):
+            return (UINT, 32) if name == "codes" else (FLOAT, 32)
         if name == "has_initial_state":
             return self.pick([(BOOL, 8), (INT, 8), (UINT, 8)])
         if name in INTEGERS:
@@ -251,8 +286,9 @@ class Fuzz:
     def fill_scalars(self, call, noise, column):
         for name in self.scalars:
             if name == "flags":
+                known = [0, 1] if self.operation == "mla_decode" else [0, 0, 0, 1, 2, 3, 4, 6]
                 value = (
-                    self.pick([0, 0, 0, 1, 2, 3, 4, 6])
+                    self.pick(known)
                     if not self.chance(noise)
                     else int(self.rng.integers(2**63))
                 )
@@ -301,6 +337,13 @@ WRITES = {
 }
 
 
+def writes(call):
+    """The tensors that a call may write: without new tokens no cache is among them."""
+    if call.operation == "mla_decode" and not (call.args.new_latent and given(call, "new_latent")):
+        return "out", "lse"
+    return WRITES[call.operation]
+
+
 @pytest.mark.parametrize("seed", (0, 1))
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_random_structs(operation, seed):
@@ -317,7 +360,7 @@ def test_random_structs(operation, seed):
             assert asked == "OK", where
             allowed = [
                 bytes_of[name]
-                for name in WRITES[operation]
+                for name in writes(call)
                 if name in bytes_of and getattr(call.args, name)
             ]
             check_outputs(call, bytes_of, where)
@@ -331,7 +374,7 @@ def test_random_structs(operation, seed):
             assert message.startswith(f"{operation}: "), where
             assert (arena.memory == arena.clean).all(), f"bytes changed; {where}"
             check_overlap_is_real(call, bytes_of, message, where)
-    if operation in ("ssd_chunk", "mla_decode"):
+    if operation == "ssd_chunk":
         assert answers["UNSUPPORTED"] > 0
     else:  # the generator is worth something only if both kinds come up
         assert answers["OK"] > CALLS // 40, answers
@@ -346,7 +389,7 @@ def given(call, name):
 def check_outputs(call, bytes_of, where):
     """No accepted output shares a byte with another tensor (but final with initial states)."""
     names = [name for name in bytes_of if given(call, name)]
-    for name in set(WRITES[call.operation]) & set(names):
+    for name in set(writes(call)) & set(names):
         for other in names:
             if other != name and {name, other} != {"initial_states", "final_states"}:
                 assert np.intersect1d(bytes_of[name], bytes_of[other]).size == 0, (

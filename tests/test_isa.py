@@ -66,7 +66,7 @@ def test_operations_on_level(level):
         pytest.skip(f"this machine ({platform.machine()}) lacks {level}")
     files = [
         str(HERE / f"test_{name}.py")
-        for name in ("selective_scan", "state_update", "causal_conv1d", "numbers")
+        for name in ("selective_scan", "state_update", "causal_conv1d", "mla_decode", "numbers")
     ]
     ran = python(
         level, "-m", "pytest", "-q", "-x", "-m", "core", "-p", "no:cacheprovider", "-p", "no:xdist",

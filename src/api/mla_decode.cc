@@ -154,8 +154,7 @@ void read_problem(Check &c, const ssmk_mla_decode_args *user, MlaDecodeProblem *
   }
   p->k_rope = cache(a.k_rope, "k_rope", rope, kFloats);
   if (paged && c.ok() && (positions.value < 16 || (positions.value & (positions.value - 1)) != 0))
-    c.error(SSMK_INVALID_ARGUMENT,
-            "%s: page_size must be a power of two of at least 16, got %lld",
+    c.error(SSMK_INVALID_ARGUMENT, "%s: page_size must be a power of two of at least 16, got %lld",
             a.latent ? "latent" : "codes", (long long)positions.value);
 
   p->new_latent = tokens.rows(a.new_latent, "new_latent", latent, kFloats, false);
@@ -190,9 +189,9 @@ void read_problem(Check &c, const ssmk_mla_decode_args *user, MlaDecodeProblem *
 
   // data
   const int64_t least = write ? p->ntokens : 0;
-  check_range(c, p->seqlens, "seqlens", p->batch, least, p->capacity,
-              write ? "T to the row's capacity (new_latent is counted)"
-                    : "0 to the row's capacity");
+  check_range(
+      c, p->seqlens, "seqlens", p->batch, least, p->capacity,
+      write ? "T to the row's capacity (new_latent is counted)" : "0 to the row's capacity");
   check_pages(c, *p, pages.value);
 }
 

@@ -26,8 +26,8 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 struct Scratch {
-  alignas(64) float tile[kMlaTile * (kMlaChannels + 16)];
-  alignas(64) float scores[kMlaMostQueries * kMlaTile];
+  alignas(64) float tile[(kMlaTile + kTokenBlock) * (kMlaChannels + 16)];
+  alignas(64) float scores[kMlaMostQueries * kScorePitch];
   alignas(64) float largest[kMlaMostQueries], rescale[kMlaMostQueries];
   alignas(64) float sums[kMlaMostQueries * kLanes];  // lane sums of the exponentials
   CacheScratch cache;
@@ -167,18 +167,17 @@ struct Task {
   void score(int64_t count, int64_t c0, int64_t n, int64_t next, int64_t next_count) const {
     const int64_t pitch = pitch_of(n), q_pitch = call.plan.q_pitch, width = whole_vectors(n);
     const float *q = call.queries_of(b, first) + c0;
-    for (int64_t t = 0; t < count; t += kTokenBlock) {
-      for (int64_t r = 0; r < queries; r += kQueryBlock)
-        score_block<kAdd>(s.scores + r * kMlaTile + t, q + r * q_pitch, q_pitch,
+    for (int64_t r = 0; r < queries; r += kQueryBlock)
+      for (int64_t t = 0; t < count; t += kTokenBlock) {
+        score_block<kAdd>(s.scores + r * kScorePitch + t, q + r * q_pitch, q_pitch,
                           s.tile + t * pitch, pitch, width);
-      if (t < next_count)
-        cache.prefetch(next + t, least(kTokenBlock, next_count - t));
-    }
+        if (r == 0 && t < next_count) cache.prefetch(next + t, least(kTokenBlock, next_count - t));
+      }
   }
 
   // Turns the scores of query r into weights; n of the tile's tokens are seen.
   void soften(int64_t r, int64_t n) const {
-    float *scores = s.scores + r * kMlaTile;
+    float *scores = s.scores + r * kScorePitch;
     vf most = splat(kNothing);
     for (int64_t t = 0; t < n; t += kLanes) {
       vf v = load(scores + t);
@@ -193,8 +192,7 @@ struct Task {
     vf sum = load(s.sums + r * kLanes) * rescale;
     for (int64_t t = 0; t < n; t += kLanes) {
       vf v = exp2(load(scores + t) - splat(zero_point));
-      if (n - t < kLanes)
-        v = select(bitcast<vi>(lane_numbers() < vi{} + int32_t(n - t)), v, vf{});
+      if (n - t < kLanes) v = select(bitcast<vi>(lane_numbers() < vi{} + int32_t(n - t)), v, vf{});
       store(scores + t, v);
       sum += v;
     }
@@ -215,7 +213,7 @@ struct Task {
       int64_t end = r + 1;
       while (end < queries && seen(end) == k) ++end;
       add_values(out + r * call.plan.out_pitch + c0, call.plan.out_pitch, s.rescale + r,
-                 s.scores + r * kMlaTile, end - r, s.tile, pitch_of(n), k,
+                 s.scores + r * kScorePitch, end - r, s.tile, pitch_of(n), k,
                  whole_vectors(least(n, p.latent - c0)));
       r = end;
     }

@@ -147,8 +147,7 @@ struct Cache {
   }
 
   template <int kGroup>
-  void decode(float *rows, int64_t pitch, CachePlace at, int64_t run, int64_t c0,
-              int64_t n) const {
+  void decode(float *rows, int64_t pitch, CachePlace at, int64_t run, int64_t c0, int64_t n) const {
     const int64_t groups = n / kGroup;
     read_groups(s.scales, p.scales, at, run, c0 / kGroup, groups);
     read_groups(s.biases, p.biases, at, run, c0 / kGroup, groups);

@@ -13,19 +13,19 @@ namespace ssmk::cpu {
 // row's cache is cut into pieces; what a block of queries makes of a piece is a partial result, and
 // the pieces of a row are merged by the logarithms of their sums.
 struct MlaDecodePlan {
-  int64_t queries = 0;         // of a row
-  int64_t block = 0;           // queries of a task, a multiple of kMlaQueryBlock
-  int64_t blocks = 0;          // tasks of a row and piece
-  int64_t width = 0;           // latent + rope
-  int64_t q_pitch = 0;         // floats between two queries
-  int64_t out_pitch = 0;       // floats between two partial outputs
-  int64_t most_pieces = 0;     // of the whole call
+  int64_t queries = 0;      // of a row
+  int64_t block = 0;        // queries of a task, a multiple of kMlaQueryBlock
+  int64_t blocks = 0;       // tasks of a row and piece
+  int64_t width = 0;        // latent + rope
+  int64_t q_pitch = 0;      // floats between two queries
+  int64_t out_pitch = 0;    // floats between two partial outputs
+  int64_t most_pieces = 0;  // of the whole call
   // Bytes from the start of the workspace
-  uint64_t pieces_at = 0;      // int64_t (batch + 1): the number of each row's first piece
-  uint64_t q_at = 0;           // float (batch, blocks block, q_pitch): scaled, in units of log2
-  uint64_t max_at = 0;         // float (piece, blocks block): the largest score
-  uint64_t sum_at = 0;         // float (piece, blocks block): of the exponentials
-  uint64_t out_at = 0;         // float (piece, blocks block, out_pitch): not divided by the sum
+  uint64_t pieces_at = 0;  // int64_t (batch + 1): the number of each row's first piece
+  uint64_t q_at = 0;       // float (batch, blocks block, q_pitch): scaled, in units of log2
+  uint64_t max_at = 0;     // float (piece, blocks block): the largest score
+  uint64_t sum_at = 0;     // float (piece, blocks block): of the exponentials
+  uint64_t out_at = 0;     // float (piece, blocks block, out_pitch): not divided by the sum
   uint64_t bytes = 0;
 
   int64_t padded_queries() const { return blocks * block; }

@@ -8,9 +8,18 @@
 
 namespace ssmk::cpu::SSMK_ISA {
 
+// Blocks whose sums fill the registers: 32 of them, 16 with sums of products in one step, 16.
 constexpr int kQueryBlock = int(kMlaQueryBlock);
-constexpr int kTokenBlock = kLanes == 16 ? 4 : 2;  // what the registers hold
-constexpr int kVectorBlock = kLanes == 16 ? 4 : 2;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTokenBlock = 4, kVectorBlock = 4;
+#elif defined(__FMA__)
+constexpr int kTokenBlock = 3, kVectorBlock = 2;
+#else
+constexpr int kTokenBlock = 2, kVectorBlock = 2;
+#endif
+
+// Between the scores of two queries: room for the last block of tokens, and for whole vectors.
+constexpr int64_t kScorePitch = kMlaTile + 16;
 
 // scores[r][t] = (kAdd: +=) sum_c q[r][c] tile[t][c] for one block of queries and tokens; width is
 // a multiple of kLanes.
@@ -33,12 +42,12 @@ SSMK_INLINE void score_block(float *scores, const float *q, int64_t q_pitch, con
         acc[r * kTokenBlock + t] = fused(x, k[t], acc[r * kTokenBlock + t]);
     }
   }
-  alignas(64) float sums[kSums];
+  alignas(64) float sums[kSums + kLanes];
   SSMK_UNROLL
   for (int i = 0; i < kSums; i += kLanes) {
     vf lanes[kLanes];  // a copy: what a function takes by address would not stay in registers
     SSMK_UNROLL
-    for (int k = 0; k < kLanes; ++k) lanes[k] = acc[i + k];
+    for (int k = 0; k < kLanes; ++k) lanes[k] = i + k < kSums ? acc[i + k] : vf{};
     store(sums + i, sum_each(lanes));
   }
   SSMK_UNROLL
@@ -46,7 +55,7 @@ SSMK_INLINE void score_block(float *scores, const float *q, int64_t q_pitch, con
     SSMK_UNROLL
     for (int t = 0; t < kTokenBlock; ++t) {
       const float sum = sums[r * kTokenBlock + t];
-      scores[r * kMlaTile + t] = kAdd ? scores[r * kMlaTile + t] + sum : sum;
+      scores[r * kScorePitch + t] = kAdd ? scores[r * kScorePitch + t] + sum : sum;
     }
   }
 }
@@ -69,7 +78,7 @@ SSMK_INLINE void value_block(float *out, int64_t out_pitch, const float *rescale
     for (int v = 0; v < kVectors; ++v) x[v] = load(tile + t * pitch + v * kLanes);
     SSMK_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const vf w = splat(weights[r * kMlaTile + t]);
+      const vf w = splat(weights[r * kScorePitch + t]);
       SSMK_UNROLL
       for (int v = 0; v < kVectors; ++v) acc[r][v] = fused(w, x[v], acc[r][v]);
     }
@@ -90,10 +99,10 @@ inline void add_values(float *out, int64_t out_pitch, const float *rescale, cons
     int64_t r = 0;
     for (; r + kQueryBlock <= queries; r += kQueryBlock)
       value_block<kQueryBlock, kVectors>(out + r * out_pitch + c, out_pitch, rescale + r,
-                                         weights + r * kMlaTile, tile + c, pitch, n);
+                                         weights + r * kScorePitch, tile + c, pitch, n);
     for (; r < queries; ++r)
       value_block<1, kVectors>(out + r * out_pitch + c, out_pitch, rescale + r,
-                               weights + r * kMlaTile, tile + c, pitch, n);
+                               weights + r * kScorePitch, tile + c, pitch, n);
   };
   int64_t c = 0;
   for (; c + kVectorBlock * kLanes <= width; c += kVectorBlock * kLanes)
