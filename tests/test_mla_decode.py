@@ -529,8 +529,23 @@ def test_torch(ops, rng, form):
     assert_same_run((out.numpy(), lse.numpy(), after), want)
 
 
-def test_readme_of_an_append(ops, rng):
-    """A cache that is filled token by token alone, from nothing."""
+@FORM
+def test_jax_gets_the_caches_that_follow(ops, rng, form):
+    jax = pytest.importorskip("jax")
+    a, placed = make(rng, of(form, append=True, T=2, index_dtype=I32))
+    cache = arrays_of(placed)
+    out, lse, after = run(ops, a, cache)
+    arrays = {k: jax.numpy.asarray(np.ascontiguousarray(v)) for k, v in {**a, **cache}.items()}
+    got = ops.mla_decode(**arrays, return_lse=True)
+    assert all(isinstance(array, jax.Array) for array in got)
+    assert_same_bits(np.asarray(got[0]), out)
+    assert_same_bits(np.asarray(got[1]), lse, "lse")
+    assert len(got) == 2 + len(cache)
+    for name, array in zip(cache, got[2:]):
+        assert_same_bits(np.asarray(array), after[name], name)
+
+
+def test_a_cache_filled_from_nothing_token_by_token(ops, rng):
     nheads, latent, rope, steps = 4, 64, 16, 40
     cache = dict(
         codes=np.zeros((1, 64, latent // 8), np.uint32), scales=np.zeros((1, 64, 2), F16),

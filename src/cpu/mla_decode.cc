@@ -128,13 +128,14 @@ struct Call {
     alignas(64) float row[kMlaChannels];
     for (int64_t c0 = 0; c0 < p.latent; c0 += kMlaChannels) {
       const int64_t n = least(p.latent - c0, kMlaChannels);
-      for (int64_t c = 0; c < n; c += kLanes) {
-        vf acc{};
-        for (int64_t k = 0; k < count; ++k)
-          if (weights[k] != 0)
-            acc = fused(splat(weights[k]), load(partial(first + k, r) + c0 + c), acc);
-        store(row + c, acc / splat(sum));
+      std::memset(row, 0, sizeof row);
+      for (int64_t k = 0; k < count; ++k) {
+        const float *from = partial(first + k, r) + c0;
+        if (weights[k] != 0)
+          for (int64_t c = 0; c < n; c += kLanes)
+            store(row + c, fused(splat(weights[k]), load(from + c), load(row + c)));
       }
+      for (int64_t c = 0; c < n; c += kLanes) store(row + c, load(row + c) / splat(sum));
       write_row(p.out.at(b, t, head, c0), p.out.dtype, p.out.stride[3], row, n);
     }
   }
@@ -203,7 +204,7 @@ struct Task {
 
   // A query does not multiply what it does not see, not even by 0: the last tokens of a row are
   // unseen by some of its T queries, which then form runs of their own.
-  void weigh(int64_t i, int64_t count, int64_t c0, int64_t n) const {
+  void weigh(bool first_tile, int64_t i, int64_t count, int64_t c0, int64_t n) const {
     const auto seen = [&](int64_t r) {
       const int64_t k = call.sees(b, first + r) - i;
       return k < 0 ? 0 : least(k, count);
@@ -212,9 +213,9 @@ struct Task {
       const int64_t k = seen(r);
       int64_t end = r + 1;
       while (end < queries && seen(end) == k) ++end;
-      add_values(out + r * call.plan.out_pitch + c0, call.plan.out_pitch, s.rescale + r,
-                 s.scores + r * kScorePitch, end - r, s.tile, pitch_of(n), k,
-                 whole_vectors(least(n, p.latent - c0)));
+      add_values(out + r * call.plan.out_pitch + c0, call.plan.out_pitch,
+                 first_tile ? nullptr : s.rescale + r, s.scores + r * kScorePitch, end - r, s.tile,
+                 pitch_of(n), k, whole_vectors(least(n, p.latent - c0)));
       r = end;
     }
   }
@@ -222,7 +223,6 @@ struct Task {
   void run(int64_t begin, int64_t end, int64_t piece) const {
     for (int64_t r = 0; r < queries; ++r) s.largest[r] = kNothing;
     std::memset(s.sums, 0, sizeof s.sums);
-    std::memset(out, 0, size_t(queries * call.plan.out_pitch) * sizeof(float));
     const int64_t width = call.plan.width;
     for (int64_t i = begin; i < end; i += kMlaTile) {
       const int64_t count = least(end - i, kMlaTile), next = i + kMlaTile;
@@ -243,7 +243,7 @@ struct Task {
       for (int64_t c0 = 0; c0 < p.latent; c0 += kMlaChannels) {
         const int64_t n = least(width - c0, kMlaChannels);
         if (width > kMlaChannels) cache.read(s.tile, pitch_of(n), i, count, c0, n);
-        weigh(i, count, c0, n);
+        weigh(i == begin, i, count, c0, n);
       }
     }
     for (int64_t r = 0; r < queries; ++r) {
@@ -287,9 +287,13 @@ void mla_decode(const MlaDecodeProblem &p) {
     if (call.pieces(b) == 1) call.merge(b, task.first, task.first + task.queries);
   });
 
-  parallel(p.batch * plan.blocks, pieces * plan.queries * p.latent, [&](int64_t i) {
-    const int64_t b = i / plan.blocks, first = i % plan.blocks * plan.block;
-    if (call.pieces(b) != 1) call.merge(b, first, least(first + plan.block, plan.queries));
+  // Rows of one piece are done; those of none still want their zeros.
+  int64_t left = 0;
+  for (int64_t b = 0; b < p.batch; ++b) left += call.pieces(b) != 1 ? call.pieces(b) + 1 : 0;
+  if (left == 0) return;
+  parallel(p.batch * plan.queries, left * plan.queries * p.latent, [&](int64_t i) {
+    const int64_t b = i / plan.queries, r = i % plan.queries;
+    if (call.pieces(b) != 1) call.merge(b, r, r + 1);
   });
 }
 

@@ -28,18 +28,12 @@ SSMK_INLINE void decode_group(float *dst, const uint32_t *words, float scale, fl
   // A code is a choice among 16 values: a shuffle, which looks at the lowest 4 bits only.
   const vf values = fused(splat(scale), __builtin_convertvector(lane_numbers(), vf), splat(bias));
   const vu shifts = bitcast<vu>(lane_numbers() & 7) * 4u;
-  __m512i all;
-  if constexpr (kGroup == 128) {
-    all = _mm512_loadu_si512(words);
-  } else if constexpr (kGroup == 64) {
-    all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words)));
-  } else {
-    all = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i *>(words)));
-  }
   SSMK_UNROLL
   for (int k = 0; k < kGroup / 16; ++k) {
-    const vi two = (lane_numbers() >> 3) + 2 * k;
-    const __m512i pair = _mm512_permutexvar_epi32((__m512i)two, all);
+    // One word for each half of the lanes.  Both come by loads: the shuffle's unit is busy enough.
+    const __m512i first = _mm512_set1_epi32(int(words[2 * k]));
+    const __m512i pair =
+        _mm512_mask_broadcastd_epi32(first, 0xff00, _mm_cvtsi32_si128(int(words[2 * k + 1])));
     const __m512i codes = _mm512_srlv_epi32(pair, (__m512i)shifts);
     store(dst + 16 * k, (vf)_mm512_permutexvar_ps(codes, (__m512)values));
   }

@@ -61,7 +61,7 @@ SSMK_INLINE void score_block(float *scores, const float *q, int64_t q_pitch, con
 }
 
 // out[r][c] = rescale[r] out[r][c] + sum_{t < n} weights[r][t] tile[t][c] for kVectors vectors of
-// kRows queries.
+// kRows queries; without `rescale` what out held is not looked at.
 template <int kRows, int kVectors>
 SSMK_INLINE void value_block(float *out, int64_t out_pitch, const float *rescale,
                              const float *weights, const float *tile, int64_t pitch, int64_t n) {
@@ -70,7 +70,7 @@ SSMK_INLINE void value_block(float *out, int64_t out_pitch, const float *rescale
   for (int r = 0; r < kRows; ++r) {
     SSMK_UNROLL
     for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = load(out + r * out_pitch + v * kLanes) * splat(rescale[r]);
+      acc[r][v] = rescale ? load(out + r * out_pitch + v * kLanes) * splat(rescale[r]) : vf{};
   }
   for (int64_t t = 0; t < n; ++t) {
     vf x[kVectors];
@@ -98,10 +98,11 @@ inline void add_values(float *out, int64_t out_pitch, const float *rescale, cons
     constexpr int kVectors = decltype(vectors)::value;
     int64_t r = 0;
     for (; r + kQueryBlock <= queries; r += kQueryBlock)
-      value_block<kQueryBlock, kVectors>(out + r * out_pitch + c, out_pitch, rescale + r,
-                                         weights + r * kScorePitch, tile + c, pitch, n);
+      value_block<kQueryBlock, kVectors>(out + r * out_pitch + c, out_pitch,
+                                         rescale ? rescale + r : nullptr, weights + r * kScorePitch,
+                                         tile + c, pitch, n);
     for (; r < queries; ++r)
-      value_block<1, kVectors>(out + r * out_pitch + c, out_pitch, rescale + r,
+      value_block<1, kVectors>(out + r * out_pitch + c, out_pitch, rescale ? rescale + r : nullptr,
                                weights + r * kScorePitch, tile + c, pitch, n);
   };
   int64_t c = 0;
