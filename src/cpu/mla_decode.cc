@@ -47,10 +47,10 @@ struct Call {
     return workspace<float>(plan.q_at) + (b * plan.padded_queries() + r) * plan.q_pitch;
   }
   // What a piece makes of query r.
-  float *largest(int64_t piece, int64_t r) const {
+  float *largest_of(int64_t piece, int64_t r) const {
     return workspace<float>(plan.max_at) + piece * plan.padded_queries() + r;
   }
-  float *sum(int64_t piece, int64_t r) const {
+  float *sum_of(int64_t piece, int64_t r) const {
     return workspace<float>(plan.sum_at) + piece * plan.padded_queries() + r;
   }
   float *partial(int64_t piece, int64_t r) const {
@@ -63,7 +63,7 @@ struct Call {
     int64_t n = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       const int64_t seqlen = read_index(p.seqlens, b);
-      const int64_t piece = mla_decode_piece(p, seqlen, total);
+      const int64_t piece = plan.piece(seqlen, total);
       first_piece()[b] = n;
       n += (seqlen + piece - 1) / piece;
     }
@@ -103,12 +103,12 @@ struct Call {
       const int64_t t = r / p.nheads, head = r % p.nheads;
       float most = kNothing, sum = 0;
       for (int64_t k = 0; k < count; ++k)
-        most = *largest(first + k, r) > most ? *largest(first + k, r) : most;
+        most = *largest_of(first + k, r) > most ? *largest_of(first + k, r) : most;
       float weights[kMlaMostPieces];
       for (int64_t k = 0; k < count; ++k) {
-        const float m = *largest(first + k, r);
+        const float m = *largest_of(first + k, r);
         weights[k] = m == kNothing ? 0 : exp2(splat(m - most))[0];
-        sum += weights[k] * *sum_or_none(first + k, r);
+        sum += weights[k] * *sum_of(first + k, r);
       }
       write_output(b, t, head, r, first, count, weights, sum);
       if (p.lse.given()) {
@@ -119,8 +119,6 @@ struct Call {
   }
 
  private:
-  const float *sum_or_none(int64_t piece, int64_t r) const { return sum(piece, r); }
-
   void write_output(int64_t b, int64_t t, int64_t head, int64_t r, int64_t first, int64_t count,
                     const float *weights, float sum) const {
     if (sum == 0)  // it sees nothing
@@ -249,8 +247,8 @@ struct Task {
     for (int64_t r = 0; r < queries; ++r) {
       float sum = 0;
       for (int k = 0; k < kLanes; ++k) sum += s.sums[r * kLanes + k];
-      *call.largest(piece, first + r) = s.largest[r];
-      *call.sum(piece, first + r) = sum;
+      *call.largest_of(piece, first + r) = s.largest[r];
+      *call.sum_of(piece, first + r) = sum;
     }
   }
 };
@@ -279,7 +277,7 @@ void mla_decode(const MlaDecodeProblem &p) {
     int64_t b = 0;
     while (call.first_piece()[b + 1] <= piece) ++b;
     const int64_t seqlen = read_index(p.seqlens, b);
-    const int64_t length = mla_decode_piece(p, seqlen, call.total);
+    const int64_t length = plan.piece(seqlen, call.total);
     const int64_t begin = (piece - call.first_piece()[b]) * length;
     Scratch scratch;
     const Task task(call, scratch, b, piece, i % plan.blocks);

@@ -8,11 +8,11 @@
 namespace ssmk::cpu {
 namespace {
 
-// The pieces that a call may have beyond one a row, and those of one row if its bits must not
-// depend on the others.
-constexpr int64_t kMorePieces = 64;
-constexpr int64_t kInvariantPieces = 32;
-static_assert(kMorePieces <= kMlaMostPieces && kInvariantPieces <= kMlaMostPieces,
+// Tasks that keep the threads of a large machine busy: of a call, and of one row if its bits must
+// not depend on the others.
+constexpr int64_t kTasks = 64;
+constexpr int64_t kTasksOfRow = 32;
+static_assert(kTasks <= kMlaMostPieces && kTasksOfRow <= kMlaMostPieces,
               "the merge has room for the pieces of a row");
 
 int64_t ceil_div(int64_t n, int64_t by) { return n / by + (n % by != 0); }
@@ -38,10 +38,8 @@ struct Bytes {
 
 }  // namespace
 
-int64_t mla_decode_piece(const MlaDecodeProblem &p, int64_t seqlen, int64_t total) {
-  const int64_t even =
-      p.batch_invariant ? ceil_div(seqlen, kInvariantPieces) : ceil_div(total, kMorePieces);
-  return std::max(kMlaMinPiece, round_up(even, kMlaTile));
+int64_t MlaDecodePlan::piece(int64_t seqlen, int64_t total) const {
+  return std::max(kMlaMinPiece, round_up(ceil_div(of_row ? seqlen : total, cuts), kMlaTile));
 }
 
 MlaDecodePlan mla_decode_plan(const MlaDecodeProblem &p) {
@@ -55,10 +53,11 @@ MlaDecodePlan mla_decode_plan(const MlaDecodeProblem &p) {
   plan.block = round_up(ceil_div(plan.queries, plan.blocks), kMlaQueryBlock);
   plan.blocks = ceil_div(plan.queries, plan.block);
 
-  const int64_t of_row = std::min(ceil_div(p.capacity, kMlaMinPiece),
-                                  p.batch_invariant ? kInvariantPieces : kMlaMostPieces);
-  plan.most_pieces = p.batch * of_row;
-  if (!p.batch_invariant) plan.most_pieces = std::min(plan.most_pieces, p.batch + kMorePieces);
+  // Blocks of queries are tasks already, and a partial output is as large as they are many.
+  plan.of_row = p.batch_invariant;
+  plan.cuts = std::max<int64_t>(1, (plan.of_row ? kTasksOfRow : kTasks) / plan.blocks);
+  plan.most_pieces = p.batch * std::min(ceil_div(p.capacity, kMlaMinPiece), plan.cuts);
+  if (!plan.of_row) plan.most_pieces = std::min(plan.most_pieces, p.batch + plan.cuts);
 
   Bytes bytes;
   plan.pieces_at = bytes.take({p.batch + 1, 8});

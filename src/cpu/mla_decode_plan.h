@@ -20,6 +20,8 @@ struct MlaDecodePlan {
   int64_t q_pitch = 0;      // floats between two queries
   int64_t out_pitch = 0;    // floats between two partial outputs
   int64_t most_pieces = 0;  // of the whole call
+  int64_t cuts = 1;         // pieces of even length, about: of the whole call, or
+  bool of_row = false;      // of each row
   // Bytes from the start of the workspace
   uint64_t pieces_at = 0;  // int64_t (batch + 1): the number of each row's first piece
   uint64_t q_at = 0;       // float (batch, blocks block, q_pitch): scaled, in units of log2
@@ -29,6 +31,10 @@ struct MlaDecodePlan {
   uint64_t bytes = 0;
 
   int64_t padded_queries() const { return blocks * block; }
+
+  // Tokens of a piece of a row of `seqlen` tokens, in a call of `total` tokens: sizes alone decide,
+  // never the number of threads.
+  int64_t piece(int64_t seqlen, int64_t total) const;
 };
 
 constexpr int64_t kMlaQueryBlock = 4;    // queries of the inner loops
@@ -38,9 +44,5 @@ constexpr int64_t kMlaMinPiece = 256;    // tokens; a smaller piece is hardly wo
 constexpr int64_t kMlaMostPieces = 64;   // of a row
 
 MlaDecodePlan mla_decode_plan(const MlaDecodeProblem &);
-
-// Tokens of a piece of a row of `seqlen` tokens, in a call of `total` tokens: sizes alone decide,
-// never the number of threads.
-int64_t mla_decode_piece(const MlaDecodeProblem &, int64_t seqlen, int64_t total);
 
 }  // namespace ssmk::cpu
