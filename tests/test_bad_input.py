@@ -73,8 +73,10 @@ def sound(operation, rng):
             dt_softplus=1, norm_eps=0.1,
         )  # fmt: skip
     return dict(
-        q_nope=f(B, H, 64), q_rope=f(B, H, 8), latent=f(B, 16, 64), k_rope=f(B, 16, 8),
-        seqlens=np.array([4, 9]), out=f(B, H, 64), lse=f(B, H),
+        q_nope=f(B, T, H, 64), q_rope=f(B, T, H, 8), codes=rng.integers(0, 2**32, (5, 16, 8), "u4"),
+        scales=f(5, 16, 2), biases=f(5, 16, 2), k_rope=f(5, 16, 8),
+        page_table=np.array([[3, 0], [1, 4]]), seqlens=np.array([20, 9]), new_latent=f(B, T, 64),
+        new_rope=f(B, T, 8), out=f(B, T, H, 64), lse=f(B, T, H),
     )
 
 
@@ -84,6 +86,9 @@ REQUIRED = {
     "state_update": ("state", "x", "dt", "A", "B", "C", "out"),
     "causal_conv1d": ("x", "weight", "out"),
     "causal_conv1d_update": ("x", "conv_state", "weight", "out"),
+    "mla_decode": (
+        "q_nope", "q_rope", "codes", "scales", "biases", "k_rope", "new_rope", "seqlens", "out"
+    ),
 }
 WRITTEN = {
     "selective_scan": ("out", "final_states"),
@@ -94,10 +99,11 @@ WRITTEN = {
     "state_update": ("out", "state", "intermediate_states"),
     "causal_conv1d": ("out", "final_states"),
     "causal_conv1d_update": ("out", "conv_state"),
+    "mla_decode": ("out", "lse", "codes", "scales", "biases", "k_rope"),
 }
 FIRST = {
     "selective_scan": "x", "ssd_chunk": "x", "state_update": "state", "causal_conv1d": "x",
-    "causal_conv1d_update": "x",
+    "causal_conv1d_update": "x", "mla_decode": "q_nope",
 }
 INDEX = (
     "seq_idx", "cu_seqlens", "state_indices", "state_indices_out", "num_tokens",
@@ -145,17 +151,6 @@ def assert_refused(call, pattern, status="INVALID_ARGUMENT"):
 def test_the_sound_calls_are_sound(sound_call, operation):
     status, message = sound_call(operation)()
     assert status == "OK", message
-
-
-# What is not built
-
-
-@pytest.mark.parametrize("operation", ("mla_decode",))
-def test_what_is_not_built_says_so(rng, operation):
-    call = Call(operation, **sound(operation, rng))
-    assert_refused(call, ".*not built", "UNSUPPORTED")
-    status, message, size = call.workspace()
-    assert status == "UNSUPPORTED" and message.startswith(f"{operation}: ") and size == 2**64 - 1
 
 
 # Of state_update; test_bad_input_mamba3.py has their refusals.
@@ -269,6 +264,7 @@ def test_wrong_size_of_an_axis(sound_call, operation, name):
         ("state_update", "state_indices"): [1], ("causal_conv1d", "initial_states"): [0],
         ("causal_conv1d", "final_states"): [0], ("causal_conv1d_update", "conv_state"): [0, 2],
         ("causal_conv1d", "weight"): [1], ("causal_conv1d_update", "weight"): [1],
+        ("mla_decode", "page_table"): [1],
     }
     array = SOUND[operation][name]
     for axis in set(range(array.ndim)) - set(free.get((operation, name), [])):
@@ -614,7 +610,7 @@ def test_counts_that_choose_nothing(sound_call):
     )
 
 
-@pytest.mark.parametrize("operation", ("state_update",))
+@pytest.mark.parametrize("operation", ("state_update", "mla_decode"))
 def test_reserved_fields(sound_call, operation):
     assert_refused(sound_call(operation).set(reserved=1), "reserved: must be 0, got 1")
 
@@ -630,11 +626,12 @@ def test_workspace_is_told_without_data(sound_call, operation):
     for tensor in call.tensors.values():
         tensor.c.data = ffi.NULL
     assert call.workspace() == with_data
-    status, message, size = call.set(x=None).workspace()
+    first = FIRST[operation]
+    status, message, size = call.set(**{first: None}).workspace()
     assert (
         status == "INVALID_ARGUMENT"
         and size == 2**64 - 1
-        and message.startswith(f"{operation}: x: is required")
+        and message.startswith(f"{operation}: {first}: is required")
     )
     assert getattr(lib, f"ssmk_{operation}_workspace")(call.args, ffi.NULL) == 1
     assert getattr(lib, f"ssmk_{operation}_workspace")(ffi.NULL, ffi.new("uint64_t *")) == 1
@@ -669,8 +666,6 @@ def test_python_raises_what_c_answers(rng):
         match=r"^state_update: B: shape must be \(batch, T, ngroups, dstate\) = \(.*4\), got",
     ):
         ssmk.state_update(**{**a, "B": a["B"][..., :3]})
-    with pytest.raises(NotImplementedError, match="^mla_decode: "):
-        ssmk.mla_decode(normal(rng, (1, 3, 64)), np.array([4]), latent=normal(rng, (1, 16, 64)))
 
 
 def test_python_refuses_outputs_that_are_read_only(rng):
@@ -743,7 +738,7 @@ def test_every_tensor_of_the_struct_is_known_to_these_tests(operation):
     """A field that is added to the header wants its own refusals here."""
     known = {name for name, value in SOUND[operation].items() if isinstance(value, np.ndarray)}
     known |= (
-        {"cu_seqlens"} | set(MAMBA3) | {f"intermediate_{n}_states" for n in ("angle", "k", "v")}
+        {"cu_seqlens", "latent"} | set(MAMBA3) | {f"intermediate_{n}_states" for n in ("angle", "k", "v")}
     )
     if operation in BUILT:
         assert set(tensor_fields(operation)) <= known

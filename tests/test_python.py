@@ -941,8 +941,8 @@ def test_the_library_s_words_reach_python(rng):
         ssmk.state_update(**{**a, "B": a["B"][:, :3]})
     with pytest.raises(ValueError, match="^state_update: x: .*float64"):
         ssmk.state_update(**{**a, "x": a["x"].astype(np.float64)})
-    with pytest.raises(NotImplementedError, match="^mla_decode: "):
-        ssmk.mla_decode(normal(rng, (1, 2, 32)), np.array([1]), latent=normal(rng, (1, 4, 32)))
+    with pytest.raises(ValueError, match="^mla_decode: seqlens: .*capacity, got 5"):
+        ssmk.mla_decode(normal(rng, (1, 2, 32)), np.array([5]), latent=normal(rng, (1, 4, 32)))
 
 
 # Workspace

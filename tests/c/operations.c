@@ -302,6 +302,84 @@ static void ssd_chunk(void) {
   free(memory);
 }
 
+/* A dense cache of 4-bit codes, to which the call adds each row's newest token. */
+static void mla_decode(void) {
+  enum { HEADS = 3, LATENT = 64, GROUP = 32, ROPE = 6, CAPACITY = 11 };
+  static float q[BATCH][HEADS][LATENT], q_rope[BATCH][HEADS][ROPE], out[BATCH][HEADS][LATENT];
+  static uint32_t codes[BATCH][CAPACITY][LATENT / 8];
+  static float scales[BATCH][CAPACITY][LATENT / GROUP], biases[BATCH][CAPACITY][LATENT / GROUP];
+  static float rope[BATCH][CAPACITY][ROPE], newest[BATCH][LATENT], new_rope[BATCH][ROPE];
+  static float lse[BATCH][HEADS], scratch[1 << 16];
+  static double want[BATCH][HEADS][LATENT], want_lse[BATCH][HEADS];
+  int64_t seqlens[BATCH] = {CAPACITY, 4};
+  fill(&q[0][0][0], BATCH * HEADS * LATENT);
+  fill(&q_rope[0][0][0], BATCH * HEADS * ROPE);
+  fill(&scales[0][0][0], BATCH * CAPACITY * LATENT / GROUP);
+  fill(&biases[0][0][0], BATCH * CAPACITY * LATENT / GROUP);
+  fill(&rope[0][0][0], BATCH * CAPACITY * ROPE);
+  fill(&new_rope[0][0], BATCH * ROPE);
+  for (int i = 0; i < BATCH * CAPACITY * LATENT / 8; ++i)
+    (&codes[0][0][0])[i] = (seed = seed * 1664525u + 1013904223u);
+  /* From -7 / 2 to 8 / 2 in every group: the scale is -1/2, the bias 4, and the values are exact. */
+  for (int b = 0; b < BATCH; ++b)
+    for (int c = 0; c < LATENT; ++c) newest[b][c] = (float)(c % 16 - 7) / 2;
+
+  Tensor tq, tqr, tcodes, tscales, tbiases, trope, tnew, tnewr, tlens, tout, tlse;
+  ssmk_mla_decode_args args = {
+      .size = sizeof args,
+      .q_nope = FLOATS(&tq, q, 3, BATCH, HEADS, LATENT),
+      .q_rope = FLOATS(&tqr, q_rope, 3, BATCH, HEADS, ROPE),
+      .codes = tensor(&tcodes, codes, kDLUInt, 32, 3, SIZES(BATCH, CAPACITY, LATENT / 8)),
+      .scales = FLOATS(&tscales, scales, 3, BATCH, CAPACITY, LATENT / GROUP),
+      .biases = FLOATS(&tbiases, biases, 3, BATCH, CAPACITY, LATENT / GROUP),
+      .k_rope = FLOATS(&trope, rope, 3, BATCH, CAPACITY, ROPE),
+      .new_latent = FLOATS(&tnew, newest, 2, BATCH, LATENT),
+      .new_rope = FLOATS(&tnewr, new_rope, 2, BATCH, ROPE),
+      .seqlens = INDICES(&tlens, seqlens, 1, BATCH),
+      .out = FLOATS(&tout, out, 3, BATCH, HEADS, LATENT),
+      .lse = FLOATS(&tlse, lse, 2, BATCH, HEADS),
+      .softmax_scale = 0.25f,
+  };
+  uint64_t bytes = 0;
+  if (!succeeded("mla_decode_workspace", ssmk_mla_decode_workspace(&args, &bytes))) return;
+  if (bytes + 64 > sizeof scratch) {
+    printf("mla_decode wants a workspace of %lu bytes\n", (unsigned long)bytes);
+    ++failures;
+    return;
+  }
+  args.workspace = (void *)(((uintptr_t)scratch + 63) / 64 * 64);
+  args.workspace_bytes = bytes;
+  if (!succeeded("mla_decode", ssmk_mla_decode(&args))) return;
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int h = 0; h < HEADS; ++h) {
+      double sum = 0;
+      for (int i = 0; i < seqlens[b]; ++i) {
+        double value[LATENT], score = 0;
+        for (int c = 0; c < LATENT; ++c) {
+          const int code = codes[b][i][c / 8] >> 4 * (c % 8) & 15, g = c / GROUP;
+          value[c] = (double)code * scales[b][i][g] + biases[b][i][g];
+          score += q[b][h][c] * value[c];
+        }
+        for (int c = 0; c < ROPE; ++c) score += (double)q_rope[b][h][c] * rope[b][i][c];
+        const double p = exp(score / 4);
+        sum += p;
+        for (int c = 0; c < LATENT; ++c) want[b][h][c] += p * value[c];
+      }
+      for (int c = 0; c < LATENT; ++c) want[b][h][c] /= sum;
+      want_lse[b][h] = log(sum);
+    }
+  compare("mla_decode: out", &out[0][0][0], &want[0][0][0], BATCH * HEADS * LATENT);
+  compare("mla_decode: lse", &lse[0][0], &want_lse[0][0], BATCH * HEADS);
+  double stored[BATCH][LATENT];
+  for (int b = 0; b < BATCH; ++b)
+    for (int c = 0; c < LATENT; ++c) {
+      const int i = (int)seqlens[b] - 1, code = codes[b][i][c / 8] >> 4 * (c % 8) & 15;
+      stored[b][c] = (double)code * scales[b][i][c / GROUP] + biases[b][i][c / GROUP];
+    }
+  compare("mla_decode: the appended tokens", &newest[0][0], &stored[0][0], BATCH * LATENT);
+}
+
 /* What cannot work is refused, and the message tells why. */
 static void refusals(void) {
   float number = 0;
@@ -326,6 +404,7 @@ int main(void) {
   ssd_chunk();
   state_update();
   convolutions();
+  mla_decode();
   refusals();
   return failures != 0;
 }
