@@ -74,9 +74,10 @@ def make_cache(rng, p):
     else:
         rows, positions = p.batch * (p.capacity // p.page_size) + p.spare, p.page_size
     values = draw_latents(rng, (rows, positions, p.latent))
-    cache = (
-        quantised(values, p.group, p) if p.group else {"latent": values.astype(p.dtype_of("latent"))}
-    )
+    if p.group:
+        cache = quantised(values, p.group, p)
+    else:
+        cache = {"latent": values.astype(p.dtype_of("latent"))}
     if p.rope:
         cache["k_rope"] = normal(rng, (rows, positions, p.rope), p.dtype_of("k_rope"))
     return cache

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import ssmk
-from capi import Call, Tensor
+from capi import Call, Tensor, ffi
 from cases import BF16, F32, I32, normal
 from test_bad_input import B, H, T, assert_refused, sound
 
@@ -201,19 +201,33 @@ def test_a_cache_that_is_read_may_share_memory(floats, rng):
     assert_refused(floats(**same).set(**new), "(latent|k_rope): .*share memory")
 
 
-def test_workspace_sizes_that_no_machine_has():
-    """Shapes alone, their product beyond 64 bits: more than anyone has, and no wrapped-around few."""
-    sizes = dict(
-        q_nope=(2**20, 2**20, 2**10), latent=(2**20, 2**20, 2**10), seqlens=(2**20,),
-        out=(2**20, 2**20, 2**10),
-    )
-    call = Call("mla_decode")
-    for name, shape in sizes.items():
+def asked_for(shapes, **fields):
+    """(status, bytes) of the workspace of a call of these shapes, of which there is no data."""
+    call = Call("mla_decode", **fields)
+    for name, shape in shapes.items():
         tensor = Tensor(np.zeros(1, np.int64 if name == "seqlens" else F32))
         tensor.reshape(shape, [0] * len(shape))
+        tensor.c.data = ffi.NULL
         call.set(**{name: tensor})
-    status, message, size = call.workspace()
-    assert status == "OK" and size > 2**52, message
+    status, _, size = call.workspace()
+    return status, size
+
+
+def test_workspace_sizes_that_no_machine_has():
+    """Products beyond 64 bits: more than anyone has, and no wrapped-around few."""
+    huge = (2**20, 2**20, 2**10)
+    shapes = dict(q_nope=huge, latent=huge, seqlens=(2**20,), out=huge)
+    status, size = asked_for(shapes)
+    assert status == "OK" and size > 2**52
+
+
+@pytest.mark.parametrize("flags", (0, 1))
+def test_the_workspace_of_a_large_model_is_moderate(flags):
+    """A batch of 64 rows of up to 128 K tokens, 128 heads."""
+    query = (64, 128, 512)
+    shapes = dict(q_nope=query, latent=(64, 2**17, 512), seqlens=(64,), out=query)
+    status, size = asked_for(shapes, flags=flags)
+    assert status == "OK" and 2**20 < size < (2**26 if flags == 0 else 2**28), size
 
 
 def test_python_raises(rng):

@@ -190,7 +190,8 @@ class Fuzz:
         size.update(e=int(rng.integers(6, 12)), w=int(rng.integers(2, 6)), g=1)
         size.update(q=int(rng.integers(size["n"] // 2 + 1)), i=int(rng.integers(1, 4)))
         size["k"] += size["w"] - 1
-        size.update(L=64, W=8, G=int(rng.integers(1, 3)), S=16, r=size["d"], u=int(rng.integers(1, 3)))
+        size.update(L=64, W=8, G=int(rng.integers(1, 3)), S=16, r=size["d"])
+        size["u"] = int(rng.integers(1, 3))
         if self.chance(0.1):
             size[self.pick(list(size))] = 0
         packed = "cu_seqlens" in self.names and self.chance(0.2)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import cases_conv
+import cases_mla
 import cases_scan
 import cases_ssd
 import cases_update
 import reference
-from cases import BF16, assert_close, normal
+from cases import BF16, F32, assert_close, assert_same_bits, normal
 
 ELEMENTS = 2**31 + 2**26
 RESIDENT_LIMIT = 1 << 30
@@ -184,6 +185,35 @@ def test_causal_conv1d_update(ops, rng, vast, ring):
     out = ops.causal_conv1d_update(a.pop("x"), pool, **a, state_indices=slots)
     assert_close(out, want)
     assert_close(pool[slots], want_state, "conv_state")
+
+
+@pytest.mark.parametrize("index_dtype", (np.int32, np.int64), ids=["int32", "int64"])
+@pytest.mark.parametrize("form", cases_mla.FORMS)
+def test_mla_decode(ops, rng, vast, form, index_dtype):
+    """Pages at both ends of the pool, to which tokens are added."""
+    p = cases_mla.Mla(
+        2, 2, latent=64, rope=0, group=32 if form == "codes" else 0, page_size=16, capacity=48,
+        append=True, dtype={"latent": BF16},
+    )
+    a, placed = cases_mla.make(rng, p)
+    small = {name: one.array for name, one in placed.items()}
+    name = "codes" if form == "codes" else "latent"
+    values = small[name]
+    pool = pool_of(vast.view(values.dtype), 16, values.shape[-1])
+    pages = far_slots(pool, len(values))
+    pool[pages] = values
+    cache = {name: pool}
+    for other in ("scales", "biases") if form == "codes" else ():
+        # Reserved as well; the pages in use are the same.
+        cache[other] = np.empty((len(pool), 16, 2), F32)
+        cache[other][pages] = small[other]
+    want = reference.mla_decode(**a, **small)
+    used = np.clip(a["page_table"], 0, len(values) - 1)
+    table = np.where(a["page_table"] == used, pages[used], -1).astype(index_dtype)
+    out = ops.mla_decode(**{**a, "page_table": table}, **cache)
+    assert_close(out, want.out)
+    for name in cache:
+        assert_same_bits(cache[name][pages], want.cache[name], name)
 
 
 def test_ring_whose_count_is_past_32_bits(ops, rng):

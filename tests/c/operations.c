@@ -320,7 +320,7 @@ static void mla_decode(void) {
   fill(&new_rope[0][0], BATCH * ROPE);
   for (int i = 0; i < BATCH * CAPACITY * LATENT / 8; ++i)
     (&codes[0][0][0])[i] = (seed = seed * 1664525u + 1013904223u);
-  /* From -7 / 2 to 8 / 2 in every group: the scale is -1/2, the bias 4, and the values are exact. */
+  /* From -7 / 2 to 8 / 2 in every group: scale -1/2, bias 4, and the values are exact. */
   for (int b = 0; b < BATCH; ++b)
     for (int c = 0; c < LATENT; ++c) newest[b][c] = (float)(c % 16 - 7) / 2;
 

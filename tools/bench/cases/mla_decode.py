@@ -44,11 +44,11 @@ def cache_bytes(b):
 
 def make_peer(sets, want):
     torch = peers.torch_module()
-    latent_of = torch.arange(8, dtype=torch.int32) * 4
+    shifts = torch.arange(8, dtype=torch.int32) * 4
 
     def attend(q_nope, q_rope, codes, scales, biases, k_rope):
         """In float32 throughout, as torch multiplies fastest on the CPU."""
-        q = (codes[..., None] >> latent_of) & 15
+        q = (codes[..., None] >> shifts) & 15
         q = q.view(*scales.shape, GROUP).float()
         values = torch.addcmul(biases.float()[..., None], q, scales.float()[..., None])
         values = values.view(*codes.shape[:2], LATENT)
