@@ -373,6 +373,33 @@ def test_a_workspace_larger_than_needed_changes_nothing(rng):
         assert_same_bits(room[name], want[name], name)
 
 
+def test_workspace_for_other_numbers_of_threads(rng, threads):
+    """That of more threads serves fewer; that of fewer is refused, or does for all."""
+    p = Ssd(3, 130, 8, 16, 16)
+    call, room = ready(rng, p)
+    threads(1)
+    assert call.with_workspace()() == ("OK", "")
+    want = {name: array.copy() for name, array in room.items()}
+    for asked, called in ((8, 1), (8, 3), (3, 2), (1, 8), (2, 3)):
+        threads(asked)
+        size = call.workspace()[2]
+        memory = np.full(size + 256, 0xFF, np.uint8)
+        start = -(-(memory.ctypes.data + 64) // 64) * 64
+        call.set(workspace=ffi.cast("void *", start), workspace_bytes=size)
+        threads(called)
+        for array in room.values():
+            array[...] = np.nan
+        status, message = call()
+        end = start - memory.ctypes.data + size
+        assert (memory[end:] == 0xFF).all()
+        if asked < called and status == "OUT_OF_MEMORY":
+            assert message.startswith("ssd_chunk: workspace: ")
+            continue
+        assert status == "OK", message
+        for name in room:
+            assert_same_bits(room[name], want[name], name)
+
+
 def test_workspace_does_not_grow_with_the_sequence(rng):
     """It holds chunks and states, one of each a thread."""
     sizes = [ready(rng, Ssd(4, seqlen, 4, 16, 16))[0].workspace()[2] for seqlen in (256, 4096)]

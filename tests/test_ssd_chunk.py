@@ -431,6 +431,18 @@ def test_one_token_that_forgets_everything(ops, rng):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("forget", (-300, -1000, -1e30, -np.inf))
+def test_what_is_forgotten_does_not_grow_back(ops, rng, forget):
+    """A decay to 0, then growth by exp(80) of the zeros that are left, all within a chunk."""
+    a = hard(rng, 40, A=None, adt=np.full((2, 40, 4), -0.1, F32))
+    a["adt"][:, 20] = forget
+    a["adt"][:, 21:30] = 8.9
+    a["x"] = a["x"].copy()
+    a["x"][:, 20:30] = 0
+    assert_like_reference(ops, a)
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("step", (0.5, 1.5, 3, 10, 60))
 def test_sums_of_log_decays_in_the_hundreds(ops, rng, step):
     """A chunk's sum may be in the hundreds or thousands; differences of sums must stay exact."""
