@@ -12,173 +12,21 @@
 
 #include <type_traits>
 
-#include "cpu/dt.h"
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
-#include "cpu/mamba3.h"
-#include "cpu/rows.h"
+#include "cpu/state_update_mamba3_row.h"
+#include "cpu/state_update_mamba3_token.h"
 #include "cpu/state_update_slots.h"
 
 namespace ssmk::cpu::SSMK_ISA {
 
-// Two vectors of a row: even and odd elements where that is the cheaper order.
-template <class T>
-SSMK_INLINE void load_two(const T *p, vf *a, vf *b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    load_pairs(p, a, b);
-  } else {
-    *a = load(p);
-    *b = load(p + kLanes);
-  }
-}
-template <class T>
-SSMK_INLINE void store_two(T *p, vf a, vf b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    store_pairs(p, a, b);
-  } else {
-    store(p, a);
-    store(p + kLanes, b);
-  }
-}
-
-// States are asked for that long before they are read, so that memory works while keys are made and
-// sums added up; into the second level, as the first has no room for them that long.
-constexpr int64_t kAheadBytes = 8192;
-
-SSMK_INLINE void ask_for(const void *from, int64_t bytes) {
-  const char *const p = static_cast<const char *>(from);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-// One row of n states.  keys: for every vector of states R keys, R old ones if kTrap, R queries.
-// coefs: u of the row, then w if kTrap, `ld` apart.  Lane sums of h q_r go to
-// sums[r * kLanes * kLanes].
-template <int R, bool kTrap, class T>
-SSMK_INLINE void update_heads_row(const T *from, T *to, const float *keys, int64_t n, float decay,
-                                  const float *coefs, int64_t ld, float *sums) {
-  constexpr int kKeys = kTrap ? 2 * R : R, kStep = (kKeys + R) * kLanes;
-  constexpr int kSums = R <= 2 ? 2 : 1;  // enough to hide the latency of an addition
-  vf coef[kKeys], sum[kSums * R] = {};
-  SSMK_UNROLL
-  for (int r = 0; r < kKeys; ++r) coef[r] = splat(coefs[r * ld]);
-  const vf a = splat(decay);
-  const auto step = [&](vf h, const float *k) {
-    vf change = coef[0] * load(k);
-    SSMK_UNROLL
-    for (int r = 1; r < kKeys; ++r) change = fused(coef[r], load(k + r * kLanes), change);
-    return fused(a, h, change);
-  };
-  const auto add = [&](vf h, const float *k, vf *into) {
-    SSMK_UNROLL
-    for (int r = 0; r < R; ++r) into[r] = fused(h, load(k + (kKeys + r) * kLanes), into[r]);
-  };
-  vf *const second = sum + (kSums - 1) * R;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes, keys += 2 * kStep) {
-    vf h0, h1;
-    load_two(from + i, &h0, &h1);
-    h0 = step(h0, keys);
-    h1 = step(h1, keys + kStep);
-    store_two(to + i, h0, h1);
-    add(h0, keys, sum);
-    add(h1, keys + kStep, second);
-  }
-  if constexpr (!std::is_same_v<T, bf16>) {
-    for (; i < n; i += kLanes, keys += kStep) {
-      const vf h = step(load(from + i), keys);
-      store(to + i, h);
-      if (i + kLanes <= n) {
-        add(h, keys, sum);
-        continue;
-      }
-      // Lanes past the end are dropped, not multiplied by a padded 0: 0 * inf would be NaN.
-      const vi inside = bitcast<vi>(lane_numbers() < vi{} + int32_t(n - i));
-      SSMK_UNROLL
-      for (int r = 0; r < R; ++r)
-        sum[r] = select(inside, fused(h, load(keys + (kKeys + r) * kLanes), sum[r]), sum[r]);
-    }
-  }
-  SSMK_UNROLL
-  for (int r = 0; r < R; ++r)
-    store(sums + r * kLanes * kLanes, kSums == 2 ? sum[r] + second[r] : sum[r]);
-}
-
-struct Mamba3Update {
-  const StateUpdateProblem &p;
-  const int64_t b, head, group;
+// A Mamba3Token with the states of its head.
+struct Mamba3Update : Mamba3Token {
   const RowSlots slots;
-  const int64_t rank, width, height;  // width: dstate, height: headdim, in whole vectors
-  float *next;                        // of the scratch
 
-  // Arrays over dstate, a row a rank: this token's keys, the last one's, queries; all in `keys`.
-  float *const k, *const before, *const q, *const keys;
-  float *const row, *const rates, *const line;  // a row of states, of A; anything over dstate
-  // Arrays over headdim.
-  float *const coefs,
-      *const y, *const x, *const v, *const dt, *const decay, *const gate, *const rows_a,
-                                                                              *const rows_b,
-                                                                                  *const bias,
-                                                                                      *const total;
-  float *const sums;
-  float *const theta, *const low, *const turn, *const sine, *const cosine;
-  float *const held;  // the states in float32, if there are several tokens
-
-  // What one take more or less means for mamba3_update_floats() (dispatch.cc).
   Mamba3Update(const StateUpdateProblem &problem, int64_t row_of_batch, int64_t h, float *scratch)
-      : p(problem),
-        b(row_of_batch),
-        head(h),
-        group(h / (problem.nheads / problem.ngroups)),
-        slots(row_slots(problem, row_of_batch)),
-        rank(problem.mamba3.rank),
-        width(whole_vectors(problem.dstate)),
-        height(whole_vectors(problem.headdim)),
-        next(scratch),
-        k(take(rank * width)),
-        before(take(rank * width)),
-        q(take(rank * width)),
-        keys(take(3 * rank * width)),
-        row(take(width)),
-        rates(take(width)),
-        line(take(width)),
-        coefs(take(2 * rank * height)),
-        y(take(rank * height)),
-        x(take(height)),
-        v(take(height)),
-        dt(take(height)),
-        decay(take(height)),
-        gate(take(height)),
-        rows_a(take(height)),
-        rows_b(take(height)),
-        bias(take(height)),
-        total(take(height)),
-        sums(take(rank * kLanes * kLanes)),
-        theta(take(whole_vectors(problem.mamba3.nangles))),
-        low(take(whole_vectors(problem.mamba3.nangles))),
-        turn(take(whole_vectors(problem.mamba3.nangles))),
-        sine(take(whole_vectors(problem.mamba3.nangles))),
-        cosine(take(whole_vectors(problem.mamba3.nangles))),
-        held(next) {}
+      : Mamba3Token(problem, row_of_batch, h, scratch), slots(row_slots(problem, row_of_batch)) {}
 
-  float *take(int64_t n) {
-    float *const at = next;
-    next += (n + 15) / 16 * 16;
-    return at;
-  }
-
-  // How
-
-  bool has_trap() const { return p.trap.given(); }
-  bool one_decay() const { return p.adt.given() || p.A.stride[2] == 0 || p.dstate == 1; }
-  // Ranks that update_heads_row() is compiled for; the others take update_any_row().
-  bool compiled() const {
-    return one_decay() && (rank == 1 || rank == 2 || rank == 4 || rank == 8);
-  }
-  // bfloat16 states are summed in another order.  That order belongs to the dtype and sizes, not to
-  // the strides: every path keeps it.
-  bool in_pairs() const {
-    return p.state.dtype == DType::kBF16 && compiled() && p.dstate % (2 * kLanes) == 0;
-  }
   bool can_stream() const {
     const bool whole = p.state.dtype == DType::kBF16 ? in_pairs() : p.dstate % kLanes == 0;
     return whole && compiled() && p.ntokens == 1 && p.state.stride[3] == 1 &&
@@ -230,124 +78,6 @@ struct Mamba3Update {
   }
   static void write_small(float *from, char *to, DType dtype, int64_t stride, int64_t n) {
     write_row(to, dtype, stride, from, n);
-  }
-
-  // Reading
-
-  static void read_padded(float *dst, const char *src, DType dtype, int64_t stride, int64_t n) {
-    read_row(dst, src, dtype, stride, n);
-    for (int64_t i = n; i % kLanes; ++i) dst[i] = 0;
-  }
-
-  // headdim values of this head, of a weight or of a token.
-  const float *weights(float *dst, const View<3> &w, int64_t r) const {
-    read_padded(dst, w.at(head, r), w.dtype, w.stride[2], p.headdim);
-    return dst;
-  }
-  const float *parameters(float *dst, const View<2> &w) const {
-    read_padded(dst, w.at(head), w.dtype, w.stride[1], p.headdim);
-    return dst;
-  }
-  const float *values(float *dst, const View<4> &from, int64_t t) const {
-    read_padded(dst, from.at(b, t, head), from.dtype, from.stride[3], p.headdim);
-    return dst;
-  }
-
-  // One token: decay, keys, coefficients
-
-  void read_steps(int64_t t) const {
-    values(dt, p.dt, t);
-    if (p.dt_bias.given()) {
-      parameters(bias, p.dt_bias);
-      for (int64_t i = 0; i < height; i += kLanes) store(dt + i, load(dt + i) + load(bias + i));
-    }
-    for (int64_t i = 0; i < height; i += kLanes)
-      store(dt + i, transform_dt(p.dt_transform, load(dt + i)));
-    if (p.adt.given()) {
-      const vf a = exp(splat(read_one(p.adt.at(b, t, head), p.adt.dtype)));
-      for (int64_t i = 0; i < height; i += kLanes) store(decay + i, a);
-    } else if (one_decay()) {
-      read_padded(decay, p.A.at(head), p.A.dtype, p.A.stride[1], p.headdim);
-      for (int64_t i = 0; i < height; i += kLanes)
-        store(decay + i, exp2(load(dt + i) * (load(decay + i) * kLog2e)));
-    }
-  }
-
-  void turn_angles(int64_t t) const {
-    read_padded(turn, p.angles.at(b, t, head), p.angles.dtype, p.angles.stride[3],
-                p.mamba3.nangles);
-    // Errors are not carried along: a call of several tokens is as exact as calls of one, which
-    // have nothing but the float32 angles of the pool.
-    for (int64_t i = 0; i < p.mamba3.nangles; i += kLanes) store(low + i, vf{});
-    advance_angles(theta, low, turn, dt[0], p.mamba3.nangles, sine, cosine);
-  }
-
-  // One rank of B or C, biased and rotated.
-  void project(float *dst, const View<5> &from, const View<3> &bias_of, int64_t t,
-               int64_t r) const {
-    read_padded(dst, from.at(b, t, r, group), from.dtype, from.stride[4], p.dstate);
-    if (bias_of.given()) {
-      read_padded(line, bias_of.at(head, r), bias_of.dtype, bias_of.stride[2], p.dstate);
-      for (int64_t i = 0; i < width; i += kLanes) store(dst + i, load(dst + i) + load(line + i));
-    }
-    if (p.angles.given())
-      rotate(dst, sine, cosine, p.mamba3.nangles, p.dstate, p.mamba3.rotary_half);
-  }
-
-  int64_t ranks_in_keys() const { return (has_trap() ? 3 : 2) * rank; }
-
-  // A row of keys or queries to its place in every vector of `keys`.
-  void lay(const float *from, int64_t place) const {
-    const int64_t step = ranks_in_keys() * kLanes;
-    float *to = keys + place * kLanes;
-    if (in_pairs()) {
-      alignas(64) float two[2 * kLanes];
-      for (int64_t i = 0; i < width; i += 2 * kLanes, to += 2 * step) {
-        deinterleave(two, from + i);
-        store(to, load(two));
-        store(to + step, load(two + kLanes));
-      }
-    } else {
-      for (int64_t i = 0; i < width; i += kLanes, to += step) store(to, load(from + i));
-    }
-  }
-
-  void prepare(int64_t t) const {
-    read_steps(t);
-    values(x, p.x, t);
-    if (p.angles.given()) turn_angles(t);
-    for (int64_t r = 0; r < rank; ++r) {
-      project(k + r * width, p.B, p.mamba3.B_bias, t, r);
-      project(q + r * width, p.C, p.mamba3.C_bias, t, r);
-      lay(k + r * width, r);
-      if (has_trap()) lay(before + r * width, rank + r);
-      lay(q + r * width, ranks_in_keys() - rank + r);
-    }
-
-    vf now = splat(1.f), then{};
-    if (has_trap()) {
-      const vf trap = splat(read_one(p.trap.at(b, t, head), p.trap.dtype));
-      now = p.mamba3.trap_sigmoid ? trap : sigmoid(trap);
-      then = p.mamba3.trap_sigmoid ? 1.f - trap : sigmoid(-trap);
-    }
-    const float *skip = p.D.given() ? parameters(rows_b, p.D) : nullptr;
-    for (int64_t r = 0; r < rank; ++r) {
-      const float *psi = p.mamba3.mimo_x.given() ? weights(rows_a, p.mamba3.mimo_x, r) : nullptr;
-      float *u = coefs + r * height, *w = coefs + (rank + r) * height;
-      for (int64_t i = 0; i < height; i += kLanes) {
-        const vf input = psi ? load(psi + i) * load(x + i) : load(x + i);
-        const vf size = has_trap() ? now * load(dt + i) : load(dt + i);
-        store(u + i, size * input);
-        // Without D not 0 x: x may be infinite.
-        store(y + r * height + i, skip ? load(skip + i) * input : vf{});
-        if (has_trap()) {
-          const vf last = psi ? load(psi + i) * load(v + i) : load(v + i);
-          // A decay for each state is multiplied to it in update_any_row().
-          const vf scale = then * load(dt + i);
-          store(w + i, (one_decay() ? scale * load(decay + i) : scale) * last);
-        }
-      }
-    }
   }
 
   // Rows of states
@@ -481,50 +211,6 @@ struct Mamba3Update {
     : rank == 2 ? with_rank(std::integral_constant<int, 2>{})
     : rank == 4 ? with_rank(std::integral_constant<int, 4>{})
                 : with_rank(std::integral_constant<int, 8>{});
-  }
-
-  // The end of a token
-
-  void finish(int64_t t) const {
-    const Mamba3 &m = p.mamba3;
-    const float *weight = m.norm_weight.given() ? parameters(rows_b, m.norm_weight) : nullptr;
-    const float *z = p.z.given() ? values(dt, p.z, t) : nullptr;
-    for (int64_t r = 0; r < rank; ++r) {
-      float *const o = y + r * height;
-      const float *gated = z;
-      if (z && m.mimo_z.given()) {
-        weights(rows_a, m.mimo_z, r);
-        for (int64_t i = 0; i < height; i += kLanes)
-          store(gate + i, load(rows_a + i) * load(z + i));
-        gated = gate;
-      }
-      normalise_and_gate(o, weight, m.norm_eps, gated, p.headdim);
-      if (m.mimo_out.given()) {
-        weights(rows_a, m.mimo_out, r);
-        for (int64_t i = 0; i < height; i += kLanes) {
-          const vf part = load(rows_a + i) * load(o + i);
-          store(total + i, r == 0 ? part : load(total + i) + part);
-        }
-      } else {
-        write_row(p.out.at(b, t, r, head), p.out.dtype, p.out.stride[4], o, p.headdim);
-      }
-    }
-    if (m.mimo_out.given())
-      write_row(p.out.at(b, t, 0, head), p.out.dtype, p.out.stride[4], total, p.headdim);
-  }
-
-  // What the next token finds before it.
-  void advance() const {
-    if (!has_trap()) return;
-    for (int64_t i = 0; i < rank * width; i += kLanes) store(before + i, load(k + i));
-    for (int64_t i = 0; i < height; i += kLanes) store(v + i, load(x + i));
-  }
-
-  void zero_output(int64_t from_token) const {
-    const int64_t ranks = p.mamba3.mimo_out.given() ? 1 : rank;
-    for (int64_t t = from_token; t < p.ntokens; ++t)
-      for (int64_t r = 0; r < ranks; ++r)
-        zero_row(p.out.at(b, t, r, head), p.out.dtype, p.out.stride[4], p.headdim);
   }
 
   // The call
