@@ -8,8 +8,8 @@
 // One token on packed states goes from pool to pool.  Other layouts pass each row through scratch,
 // and several tokens hold all rows in float32 between the first read and the last write: the same
 // arithmetic, hence the same bits.
-#pragma once
-
+//
+// A source of its own: beside it in one the compiler inlines less of the Mamba-2 kernel.
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -19,6 +19,7 @@
 #include "cpu/state_update_slots.h"
 
 namespace ssmk::cpu::SSMK_ISA {
+namespace {
 
 // A Mamba3Token with the states of its head.
 struct Mamba3Update : Mamba3Token {
@@ -279,7 +280,9 @@ struct Mamba3Update : Mamba3Token {
   }
 };
 
-inline void state_update_mamba3(const StateUpdateProblem &p) {
+}  // namespace
+
+void state_update_mamba3(const StateUpdateProblem &p) {
   const int64_t floats = mamba3_update_floats(p);
   parallel(p.batch * p.nheads, p.batch * p.nheads * p.headdim * (p.dstate + 8) * p.ntokens,
            [&](int64_t i) {
