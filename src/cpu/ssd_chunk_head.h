@@ -263,10 +263,7 @@ struct SsdHead {
   // rank rows that the product is at.
   template <int kRank>
   void prefetch(const View<kRank> &v, int axis, const char *first) const {
-    if (v.stride[axis] != 1) return;
-    const int64_t bytes = p.headdim * size_of(v.dtype);
-    for (int64_t b = 0; b < bytes; b += 64) fetch(first + b);
-    if (bytes > 0) fetch(first + bytes - 1);  // rows need not begin at a line's boundary
+    if (v.stride[axis] == 1) fetch(first, p.headdim * size_of(v.dtype));
   }
 
   // Called with the rows of the product with Ht: of the same share of tokens, what this head still

@@ -168,8 +168,8 @@ struct Mamba3Update : Mamba3Token {
     const bool ask = kAsk && from_row == p.dstate;
     each_row([&](int64_t i, float *at) {
       if (ask)
-        ask_for(reinterpret_cast<const char *>(from + i * from_row) + kAheadBytes,
-                p.dstate * int64_t(sizeof(T)));
+        fetch(reinterpret_cast<const char *>(from + i * from_row) + kAheadBytes,
+              p.dstate * int64_t(sizeof(T)));
       update_heads_row<R, kTrap>(from + i * from_row, to + i * to_row, keys, p.dstate, decay[i],
                                  coefs + i, height, at);
     });
@@ -217,7 +217,7 @@ struct Mamba3Update : Mamba3Token {
   // The call
 
   void one_token() const {
-    if (can_stream()) ask_for(p.state.at(slots.in, head), kAheadBytes);
+    if (can_stream()) fetch(p.state.at(slots.in, head), kAheadBytes);
     prepare(0);
     if (can_stream()) {
       const States from = states_in(slots.in), to = states_in(slots.out);

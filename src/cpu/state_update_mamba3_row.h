@@ -32,11 +32,6 @@ SSMK_INLINE void store_two(T *p, vf a, vf b) {
 // sums added up; into the second level, as the first has no room for them that long.
 constexpr int64_t kAheadBytes = 8192;
 
-SSMK_INLINE void ask_for(const void *from, int64_t bytes) {
-  const char *const p = static_cast<const char *>(from);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 // One row of n states.  keys: for every vector of states R keys, R old ones if kTrap, R queries.
 // coefs: u of the row, then w if kTrap, `ld` apart.  Lane sums of h q_r go to
 // sums[r * kLanes * kLanes].
