@@ -32,6 +32,7 @@ struct HeadScratch {
   float *h, *theta, *theta_low, *k, *v;
   bool h_is_zero;       // nothing was written to h yet
   bool before_is_zero;  // nor to k and v
+  bool turned;          // theta has seen a token; before, it is as the caller gave it
 };
 
 // Tokens of one head.
@@ -164,6 +165,7 @@ struct SsdHead {
     }
     for (int64_t j = 0; j < n; j += kLanes) {
       Angle a = {load(state.theta + j), load(state.theta_low + j)};
+      if (!state.turned) a = wrapped(a);
       for (int64_t i = 0; i < tokens; ++i) {
         a = turned(a, load(turn + i * ld + j) * at(plan.at.dt)[i]);
         store(sine + i * ld + j, a.high);
@@ -172,6 +174,7 @@ struct SsdHead {
       store(state.theta + j, a.high);
       store(state.theta_low + j, a.low);
     }
+    state.turned = true;
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t j = i * ld; j < i * ld + n; j += kLanes) {
         vf s, c;
