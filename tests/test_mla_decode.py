@@ -542,6 +542,27 @@ def test_jax_gets_the_caches_that_follow(ops, rng, form):
         assert_same_bits(np.asarray(array), after[name], name)
 
 
+@FORM
+def test_caches_that_are_only_read_may_be_read_only(ops, rng, form):
+    """Without new tokens: NumPy's may be locked, JAX's are neither copied nor returned."""
+    a, placed = make(rng, of(form, T=2, index_dtype=I32))
+    cache = arrays_of(placed)
+    want = ops.mla_decode(**a, **cache)
+    for array in cache.values():
+        array.flags.writeable = False
+    assert_same_bits(ops.mla_decode(**a, **cache), want)
+    new = dict(new_latent=normal(rng, (*a["q_nope"].shape[:2], a["q_nope"].shape[-1])))
+    if "q_rope" in a:
+        new["new_rope"] = normal(rng, (*a["q_nope"].shape[:2], a["q_rope"].shape[-1]))
+    with pytest.raises(BufferError, match="read-only"):
+        ops.mla_decode(**a, **cache, **new)
+    jax = pytest.importorskip("jax")
+    arrays = {k: jax.numpy.asarray(np.ascontiguousarray(v)) for k, v in {**a, **cache}.items()}
+    got = ops.mla_decode(**arrays)
+    assert isinstance(got, jax.Array)
+    assert_same_bits(np.asarray(got), want)
+
+
 def test_a_cache_filled_from_nothing_token_by_token(ops, rng):
     nheads, latent, rope, steps = 4, 64, 16, 40
     cache = dict(

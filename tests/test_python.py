@@ -222,7 +222,7 @@ def probe():
         op = _op.Op(
             real, [(field, ctype, ffi.offsetof(struct, field)) for field, ctype in fields],
             {name: getattr(lib, name) for name in dir(lib) if name.startswith("SSMK_")},
-            real.__self__.results, fn=fn, workspace=workspace_fn, last_error=error_fn,
+            real.__self__.results, real.__self__.only_with, fn=fn, workspace=workspace_fn, last_error=error_fn,
             size=ffi.sizeof(struct), complete=ssmk_out.complete, allocate=allocate,
         )  # fmt: skip
         return op.function, seen
@@ -836,7 +836,7 @@ def test_a_declaration_that_does_not_fit_the_struct_is_refused():
     fields = [(field, ctype, 0) for field, ctype in OPS["state_update"][1]]
     with pytest.raises(ValueError, match="does not fit"):
         _op.Op(
-            state_update, fields, {}, ("out",), fn=0, workspace=0, last_error=0, size=8,
+            state_update, fields, {}, ("out",), {}, fn=0, workspace=0, last_error=0, size=8,
             complete=None, allocate=None,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from ..method import Case, Ceiling, Job, Peer, dtype_named, empty, normal, relat
 
 TOLERANCE = {"fp32": (2e-5, 1e-3), "bf16": (1e-2, 5e-2)}  # of ssmk, of a peer
 BATCH, SEQLEN, HEADS, HEADDIM, DSTATE, GROUPS = 1, 2048, 24, 64, 128, 1
+GOALS = {("fp32", False): 0.5, ("fp32", True): 0.35}
 PEER_CHUNK = 256  # the chunk_size of transformers' Mamba2Config
 CHECKED = np.array([0, HEADS // 2, HEADS - 1])  # heads
 
@@ -166,6 +167,8 @@ def cases():
             "ssd_chunk",
             f"{name} {dtype}, {model.shape}",
             lambda context, name=name, dtype=dtype: prepare(name, dtype, context),
+            goal_share=GOALS.get((dtype, bool(model.rank))),
+            goal_peer=None if model.rank else 10.0,
         )
         for name, model in MODELS.items()
         for dtype in ("fp32", "bf16")
