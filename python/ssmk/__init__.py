@@ -89,8 +89,10 @@ _DEVICES = {"cpu": 1, "cuda": 2, "metal": 8}  # as DLPack numbers them
 __version__ = "{}.{}.{}".format(*_lib.ssmk_version().to_bytes(4, "big")[1:])
 
 
-def _operation(*results):
+def _operation(*results, only_with={}):
     """A declaration becomes the C function of its name; what it returns is its results.
+
+    only_with: {a tensor that is written only where another argument is given: that argument}.
 
     The declaration holds signature and docstring; _op.pyx says how its parameters are passed on.
     """
@@ -102,7 +104,7 @@ def _operation(*results):
         struct, fields = _OPS[name]
         return _Op(
             declaration, [(field, ctype, _ffi.offsetof(struct, field)) for field, ctype in fields],
-            _CONSTANTS, results, fn=address(f"ssmk_{name}"),
+            _CONSTANTS, results, only_with, fn=address(f"ssmk_{name}"),
             workspace=address(f"ssmk_{name}_workspace"), last_error=address("ssmk_last_error"),
             size=_ffi.sizeof(struct), complete=_out.complete, allocate=_out.allocate).function
     return bind
@@ -358,7 +360,8 @@ def causal_conv1d_update(
     """
 
 
-@_operation("out", "lse")
+@_operation("out", "lse", only_with=dict.fromkeys(
+    ("latent", "codes", "scales", "biases", "k_rope"), "new_latent"))
 def mla_decode(
         q_nope, seqlens, *, q_rope=None, latent=None, codes=None, scales=None, biases=None,
         k_rope=None, page_table=None, new_latent=None, new_rope=None, softmax_scale=None, lse=None,
