@@ -429,7 +429,8 @@ def mamba3_case(make, rank, batch=2, seqlen=23, nheads=4, headdim=8, groups=2, d
                 nangles=4):
     heads = (rank,) if rank else ()
     return dict(
-        Q=make(batch, seqlen, *heads, groups, dstate), K=make(batch, seqlen, *heads, groups, dstate),
+        Q=make(batch, seqlen, *heads, groups, dstate),
+        K=make(batch, seqlen, *heads, groups, dstate),
         V=make(batch, seqlen, nheads, headdim), ADT=-make(batch, nheads, seqlen).abs(),
         DT=make(batch, nheads, seqlen).abs(), Trap=make(batch, nheads, seqlen),
         Q_bias=make(nheads, *heads, dstate), K_bias=make(nheads, *heads, dstate),

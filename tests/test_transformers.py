@@ -58,7 +58,8 @@ CONFIGS = {
         mamba_rms_norm=True)),
     "granitemoehybrid": ("GraniteMoeHybrid", dict(
         hidden_size=48, intermediate_size=56, num_hidden_layers=3, **ATTENTION, **EXPERTS,
-        num_local_experts=4, shared_intermediate_size=32, layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4, shared_intermediate_size=32,
+        layer_types=["mamba", "attention", "mamba"],
         mamba_n_heads=6, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=24,
         mamba_chunk_size=8)),
     "nemotron_h": ("NemotronH", dict(
@@ -272,7 +273,7 @@ def test_state_dict_and_classes_are_unchanged():
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 @torch.no_grad()
 def test_tensors_are_the_models_own(name, calls, monkeypatch):
-    """Parameters and cached states arrive by address; what the mixer computed, as it computed it."""
+    """Parameters and cached states arrive by address, and so does all that the mixer computed."""
     model, ids = build(name), prompt()
     mixer = model.backbone.layers[0].mixer
     module = sys.modules[type(mixer).__module__]
@@ -472,7 +473,8 @@ def run_python(code):
     return done.stdout
 
 
-@pytest.mark.parametrize("first", ["ssmk.transformers", "transformers.models.mamba2.modeling_mamba2"])
+@pytest.mark.parametrize(
+    "first", ["ssmk.transformers", "transformers.models.mamba2.modeling_mamba2"])
 def test_order_of_imports(first):
     out = run_python(f"""
         import {first}
@@ -498,7 +500,8 @@ def test_importing_it_imports_no_model_and_poses_as_no_package():
         import sys
         import ssmk.transformers
         from transformers.utils import import_utils
-        print([m for m in sys.modules if ".modeling_mamba" in m or m in ("mamba_ssm", "causal_conv1d")],
+        packages = "mamba_ssm", "causal_conv1d"
+        print([m for m in sys.modules if ".modeling_mamba" in m or m in packages],
               import_utils._is_package_available("mamba_ssm")[0])
         import importlib.util
         spec = importlib.util.find_spec("transformers.models.bamba.modeling_bamba")

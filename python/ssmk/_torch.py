@@ -2,8 +2,9 @@
 """ssmk's operations as the modeling files of transformers call them: (batch, dim, seqlen) and
 (batch, seqlen, nheads, headdim), on torch tensors on the CPU.
 
-empty_like keeps the order of x's axes in memory, so that the transposes around a call stay views.  torch.compile sees the operations as custom operators (torch.ops.ssmk), whose shapes
-it knows and whose insides it leaves alone.
+Results lie in memory in the order of x's axes, which empty_like keeps, so that the transposes
+around a call stay views.  torch.compile sees the operations as custom operators (torch.ops.ssmk),
+whose shapes it knows and whose insides it leaves alone.
 """
 import torch
 

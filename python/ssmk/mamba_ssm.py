@@ -58,7 +58,8 @@ def _no_gradients(function):
 
 def _activation(function, activation):
     if activation not in (None, "silu", "swish"):
-        _unsupported(function, "activation", f"expected None, 'silu' or 'swish', got {activation!r}")
+        _unsupported(
+            function, "activation", f"expected None, 'silu' or 'swish', got {activation!r}")
     return "silu" if activation else None
 
 

@@ -70,7 +70,8 @@ def _warn_once(reason, message):
 def _refused(why, advice=""):
     """False, after the one warning for this reason."""
     if not torch.compiler.is_compiling():
-        _warn_once(why, f"ssmk.transformers: {why}: torch's own, much slower, path is taken{advice}")
+        _warn_once(
+            why, f"ssmk.transformers: {why}: torch's own, much slower, path is taken{advice}")
     return False
 
 

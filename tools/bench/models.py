@@ -8,7 +8,6 @@ nothing.
 """
 
 import statistics
-import sys
 import time
 
 from . import method, peers
@@ -48,7 +47,7 @@ MODELS = {
         moe_intermediate_size=2048, moe_shared_expert_intermediate_size=2048, **WIDE,
         **ATTENTION)),
 }  # fmt: skip
-DEFAULT = ("mamba2", "mamba")
+DEFAULT, BATCHES = ("mamba2", "mamba"), (1, 8)
 
 
 class Model:
@@ -118,27 +117,21 @@ def measure(name, batch=1, prompt=512, tokens=32, dtype="float32", budget=20.0):
     seconds, difference = model.measure(budget)
     if dtype == "float32" and difference > AGREEMENT:
         raise method.Wrong(f"logits differ by {difference:.2g} of the largest")
-    what = f"{name}, {millions:.0f} M parameters, {dtype}, batch {batch}"
+    what = f"{millions:.0f} M parameters, {dtype}, logits differ by {difference:.1e} of the largest"
+    default = (batch, prompt, dtype) == (1, 512, "float32")
     for phase, (ours, theirs) in seconds.items():
+        length = f"{prompt} tokens" if phase == "prefill" else f"{tokens} behind {prompt}"
+        title = f"{name}, {phase}, batch {batch}, {length}"
         amount = batch * (prompt if phase == "prefill" else tokens)
-        length = f"{prompt} tokens" if phase == "prefill" else f"{tokens} tokens behind {prompt}"
-        default = (batch, prompt, dtype) == (1, 512, "float32")
         goal = GOALS.get(name, {}).get(phase) if default else None
-        yield {
-            "family": "models", "name": f"{name}, {phase}", "value": amount / ours,
-            "unit": "tokens/s", "detail": f"{what}, {length}; without ssmk {amount / theirs:.3g}",
-        }  # fmt: skip
-        yield {
-            "family": "models", "name": f"{name}, {phase}: as fast as without ssmk",
-            "value": theirs / ours, "unit": "x", "goal": goal, "better": "higher",
-            "detail": f"logits differ by {difference:.1e} of the largest",
-        }  # fmt: skip
+        yield _figure(title, amount / ours, "tokens/s", what)
+        yield _figure(
+            f"{title}: as fast as without ssmk", theirs / ours, "x",
+            f"without: {amount / theirs:.4g} tokens/s", goal=goal)  # fmt: skip
 
 
-if __name__ == "__main__":
-    import ssmk
-
-    peers.set_threads(ssmk.num_threads())
-    for title in sys.argv[1:] or DEFAULT:
-        for figure in measure(title):
-            print(figure)
+def _figure(name, value, unit, detail, **more):
+    better = {"better": "higher"}
+    return {
+        "family": "models", "name": name, "value": value, "unit": unit, "detail": detail, **better,
+        **more}  # fmt: skip
