@@ -28,11 +28,11 @@ What ssmk is not for goes to the function that was there:
       one warning;
     - torch.export and torch.jit.trace, silently: exported graphs hold torch's own operations.
     Under torch.compile ssmk's operations are custom operators: they run, without breaking the
-    graph.
+    graph; where the compiled call records gradients, the graph is torch's own, without a warning.
 
 Packed sequences: with seq_idx, or cu_seqlens for a batch of one row, the models of the Mamba-2
     kind keep the sequences apart, in convolution and SSD.  Those of the Mamba-1 kind do not hand
-    them to their scan; as without ssmk that is a ValueError.
+    them to their scan; their convolution then is the one that was there, which refuses them.
 
 Rounding: results in float32 agree with torch's to rounding.  In 16-bit models ssmk computes in
     float32 what torch rounds at every step, and so is the closer of the two.
@@ -42,6 +42,7 @@ import functools
 import importlib.util
 import inspect
 import sys
+import types
 import warnings
 
 import torch
@@ -217,14 +218,22 @@ def _parameters(function):
 
 
 def _names_used(module):
-    """All names that the methods of a module's classes look up."""
-    names = set()
-    for cls in vars(module).values():
-        if isinstance(cls, type) and cls.__module__ == module.__name__:
-            for method in vars(cls).values():
-                code = getattr(inspect.unwrap(method), "__code__", None) if callable(
-                    method) else None
-                names.update(code.co_names if code else ())
+    """All names that the methods of a module's classes look up, those behind decorators too."""
+    names, seen = set(), set()
+    functions = [
+        method for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+        for method in vars(cls).values()]
+    while functions:
+        function = functions.pop()
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        names.update(function.__code__.co_names)
+        functions.append(getattr(function, "__wrapped__", None))
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                functions.append(cell.cell_contents)
     return names
 
 
