@@ -4,6 +4,7 @@ give without ssmk: logits, tokens, states, gradients; and ssmk is what computes 
 
 import contextlib
 import copy
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -605,6 +606,39 @@ def test_a_changed_model_is_left_alone_with_one_warning(change, monkeypatch):
     assert len(messages) == 1
     assert transformers.__version__ in messages[0] and "without ssmk" in messages[0]
     assert vars(module) == before and "mamba2" not in hook.hooked()
+
+
+def test_functions_that_are_modules_are_bound_too(monkeypatch, calls):
+    """With the package kernels installed, transformers' functions are instances of nn.Module."""
+    model, ids = build("mamba2"), prompt()
+    with hook.disabled():
+        want = model(ids).logits
+        module = sys.modules["transformers.models.mamba2.modeling_mamba2"]
+
+        class Func(torch.nn.Module):
+            def __init__(self, function):
+                super().__init__()
+                self.function = [function]
+
+            def forward(self, *args, **kwargs):
+                return self.function[0](*args, **kwargs)
+
+        for name in hook._MAMBA2:
+            function = getattr(module, name)
+            made = type(name, (Func,), {})(function)
+            made.forward = lambda *args, made=made, **kwargs: made.function[0](*args, **kwargs)
+            made.forward.__signature__ = inspect.signature(function)
+            monkeypatch.setattr(module, name, made)
+        close(model(ids).logits, want)
+        there = module.mamba2_chunk_scan
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hook.enable()
+        with torch.no_grad():
+            close(model(ids).logits, want)
+        assert calls.count()["ssd_chunk"] == 2
+        hook.disable()
+        assert module.mamba2_chunk_scan is there
 
 
 def test_calls_behind_any_decorator_are_found(monkeypatch):

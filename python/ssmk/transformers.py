@@ -211,7 +211,9 @@ _hooked = {}  # module name -> {function name: (the function that was there, the
 
 
 def _parameters(function):
-    """Name, kind and default of every parameter, but what is caught by **kwargs."""
+    """Name and default of every parameter, but what is caught by **kwargs."""
+    if isinstance(function, torch.nn.Module):  # what the package kernels makes of a function
+        function = function.forward
     return [
         (p.name, p.default) for p in inspect.signature(function).parameters.values()
         if p.kind is not p.VAR_KEYWORD]
@@ -245,7 +247,7 @@ def _mismatch(module, makers):
         if not callable(function):
             return f"it has no function {name}"
         if _parameters(function) != _parameters(make(function)):
-            return f"the parameters of {name} are {inspect.signature(function)}"
+            return f"{name} has other parameters"
         if name not in used:
             return f"its layers do not call {name}"
     return None
@@ -265,7 +267,7 @@ def _hook(module):
     _hooked[name] = {}
     for function, make in makers.items():
         original = getattr(module, function)
-        new = functools.wraps(original)(make(original))
+        new = functools.wraps(original, updated=())(make(original))
         _hooked[name][function] = original, new
         setattr(module, function, new)
 
