@@ -97,6 +97,23 @@ def test_signature(name):
     assert str(inspect.signature(getattr(m, name))) == SIGNATURES[name]
 
 
+def test_stub_has_the_same_parameters():
+    """The .pyi beside a module is what type checkers read: same names, same order, same defaults
+    given."""
+    import ast
+    from pathlib import Path
+
+    stub = Path(m.__file__).with_suffix(".pyi")
+    functions = {f.name: f for f in ast.parse(stub.read_text()).body
+                 if isinstance(f, ast.FunctionDef)}
+    assert sorted(functions) == sorted(m.__all__)
+    for name, function in functions.items():
+        parameters = inspect.signature(getattr(m, name)).parameters.values()
+        assert [a.arg for a in function.args.args] == [p.name for p in parameters], name
+        assert len(function.args.defaults) == sum(
+            p.default is not p.empty for p in parameters), name
+
+
 def transformers_function(model, name):
     transformers = pytest.importorskip("transformers", minversion="5.15")
     transformers.logging.set_verbosity_error()

@@ -674,3 +674,26 @@ def test_all_ten_are_known_to_this_transformers():
             importlib.import_module(name)
         hook.enable()
     assert set(hook.hooked()) == set(CONFIGS)
+
+
+# ---------------------------------------------------------------- ssmk bench models
+
+
+def test_the_benchmark_measures_both_and_compares_them(monkeypatch):
+    from ssmk.bench import method, models
+
+    tiny = dict(hidden_size=48, num_hidden_layers=2, num_heads=6, head_dim=16, state_size=24,
+                n_groups=1)
+    monkeypatch.setitem(models.MODELS, "mamba2", ("Mamba2", tiny))
+    figures = list(models.measure("mamba2", batch=2, prompt=9, tokens=3, budget=0))
+    assert [f["unit"] for f in figures] == ["tokens/s", "x"] * 2
+    assert all(f["value"] > 0 and "mamba2" in f["name"] for f in figures)
+    monkeypatch.setattr(models, "AGREEMENT", -1.0)
+    with pytest.raises(method.Wrong, match="logits differ"):
+        list(models.measure("mamba2", prompt=9, tokens=1, budget=0))
+
+
+def test_the_benchmark_has_all_models():
+    from ssmk.bench import models
+
+    assert set(models.MODELS) == set(CONFIGS)
