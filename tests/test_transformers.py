@@ -378,6 +378,22 @@ def test_training(name, calls):
         assert torch.equal(got[key], grad), key
 
 
+def test_forward_mode_gradients_go_to_torch(calls):
+    """A tangent that ssmk would not see must not be lost."""
+    mixer = mixer_of("mamba2").requires_grad_(False)
+    x = torch.randn(1, 9, mixer.hidden_size, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="forward-mode"):
+        out, tangent = torch.func.jvp(mixer, (x,), (torch.ones_like(x),))
+    assert calls.count() == {} and tangent.abs().max() > 0
+    with hook.disabled():
+        for got, want in zip((out, tangent), torch.func.jvp(mixer, (x,), (torch.ones_like(x),))):
+            assert torch.equal(got, want)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        again = torch.autograd.forward_ad.unpack_dual(mixer(dual)).tangent
+    close(again, tangent)
+
+
 def test_frozen_model_without_no_grad_uses_ssmk(calls):
     """What counts is whether a gradient is wanted, not whether the mode is on."""
     model, ids = build("mamba2").requires_grad_(False), prompt()

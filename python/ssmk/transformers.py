@@ -21,11 +21,12 @@ What happens.  A modeling file of transformers 5.15 or newer holds the layer's f
     alone, with a warning that names the model and the version of transformers.
 
 What ssmk is not for goes to the function that was there:
-    - tensors that are not on the CPU, silently: with mamba_ssm installed, CUDA tensors keep it;
+    - tensors that are not on the CPU, and of classes other than torch's own, silently: with
+      mamba_ssm installed, CUDA tensors keep it;
     - gradients: a tensor requires grad and grad mode is on, with one warning.  A model that is
       merely evaluated wants torch.no_grad();
-    - float64, an activation other than silu, a convolution wider than 8 or of width 1, each with
-      one warning;
+    - torch.func and forward-mode differentiation, float64, an activation other than silu, a
+      convolution wider than 8 or of width 1, each with one warning;
     - torch.export and torch.jit.trace, silently: exported graphs hold torch's own operations.
     Under torch.compile ssmk's operations are custom operators: they run, without breaking the
     graph; where the compiled call records gradients, the graph is torch's own, without a warning.
@@ -76,12 +77,20 @@ def _refused(why, advice=""):
     return False
 
 
+def _transformed():
+    """Whether tensors may carry tangents or batch axes that their memory does not show."""
+    return (torch.autograd.forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
 def _takes(x, *others):
     """Whether ssmk takes a call with these tensors (None: not given)."""
     if x.device.type != "cpu" or type(x) not in _TENSORS:
         return False  # other devices, and tensors that only pose as memory (traced, wrapped ...)
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
+    if not torch.compiler.is_compiling() and _transformed():
+        return _refused("a transform of torch.func or forward-mode differentiation is at work")
     grad = torch.is_grad_enabled()
     for t in (x, *others):
         if t is None:
