@@ -13,6 +13,7 @@
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
 #include "cpu/rows.h"
+#include "cpu/runs.h"
 
 namespace ssmk::cpu::SSMK_ISA {
 namespace {
@@ -318,26 +319,15 @@ struct Task {
       scan_tile(t, end - t < kTokens ? end - t : kTokens);
   }
 
-  // A row cut into runs by seq_idx.  Pads do nothing; a new id starts from zeros, the first one
-  // from the initial state.
+  // Pads do nothing; a new id starts from zeros, the first one from the initial state.
   void scan_runs() const {
-    const View<2> &ids = p.seqs.seq_idx;
-    int64_t last = -1;
-    for (int64_t t = seq.begin; t < seq.end;) {
-      const int64_t id = read_index(ids, seq.row, t);
-      int64_t end = t + 1;
-      while (end < seq.end &&
-             (id < 0 ? read_index(ids, seq.row, end) < 0 : read_index(ids, seq.row, end) == id))
-        ++end;
-      if (id < 0) {
-        zero_output(t, end);
-      } else {
-        if (last >= 0 && id != last) clear_state();
-        scan(t, end);
-        last = id;
-      }
-      t = end;
-    }
+    each_run(
+        p.seqs.seq_idx, seq.row, seq.begin, seq.end,
+        [&](int64_t begin, int64_t end) { zero_output(begin, end); },
+        [&](int64_t begin, int64_t end, bool fresh) {
+          if (fresh) clear_state();
+          scan(begin, end);
+        });
   }
 
   void run() const {

@@ -8,6 +8,7 @@
 // where it is full, where its sequence ends, and after a token whose state is captured.
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
+#include "cpu/runs.h"
 #include "cpu/ssd_chunk_head.h"
 
 namespace ssmk::cpu::SSMK_ISA {
@@ -155,27 +156,16 @@ struct Task {
     }
   }
 
-  // A row cut into runs by seq_idx.  Pads do nothing; a new id starts from zeros, the first one
-  // from the initial states.
+  // Pads do nothing; a new id starts from zeros, the first one from the initial states.
   void walk_runs(HeadScratch *heads) const {
-    const View<2> &ids = p.seqs.seq_idx;
-    int64_t last = -1;
-    for (int64_t t = seq.begin; t < seq.end;) {
-      const int64_t id = read_index(ids, seq.row, t);
-      int64_t end = t + 1;
-      while (end < seq.end &&
-             (id < 0 ? read_index(ids, seq.row, end) < 0 : read_index(ids, seq.row, end) == id))
-        ++end;
-      if (id < 0) {
-        zero_output(t, end);
-      } else {
-        for (int64_t h = 0; last >= 0 && id != last && h < nheads; ++h)
-          StateAccess{p, plan, first + h}.clear(heads[h]);
-        walk(heads, t, end);
-        last = id;
-      }
-      t = end;
-    }
+    each_run(
+        p.seqs.seq_idx, seq.row, seq.begin, seq.end,
+        [&](int64_t begin, int64_t end) { zero_output(begin, end); },
+        [&](int64_t begin, int64_t end, bool fresh) {
+          for (int64_t h = 0; fresh && h < nheads; ++h)
+            StateAccess{p, plan, first + h}.clear(heads[h]);
+          walk(heads, begin, end);
+        });
   }
 
   void run() const {
