@@ -324,7 +324,7 @@ cdef uint64_t _current_stream(object o, int device) except 0:
 
 cdef object _borrow_capsule(Op op, int i, PyObject *o, bint write, PyObject *stream, Frame *f,
                             DLTensor **out):
-    capsule = _export(op, i, o, write, stream, out)
+    cdef object number, capsule = _export(op, i, o, write, stream, out)
     if stream == Py_None and out[0].device.device_type in (kDLCUDA, kDLCUDAManaged):
         # Once more, so that the producer's work comes before ours on the stream that we use.
         if f.stream == 0:
