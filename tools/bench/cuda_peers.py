@@ -122,6 +122,9 @@ def flashinfer_command(source, work, target="90a"):
              "flashinfer_mamba_binding.cu")
     for name in names:  # they include the configuration from where they stand
         (work / name).write_text((data / "csrc" / name).read_text())
+    # The driver's library is named, which a machine without a GPU lacks.
+    subprocess.run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null",
+                    "-o", str(work / "libcuda.so")], check=True)
     includes = [data / "include", data / "csrc", data / "cutlass/include",
                 *tvm_ffi.libinfo.include_paths()]
     return ["nvcc", "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "--threads=4",
@@ -129,8 +132,8 @@ def flashinfer_command(source, work, target="90a"):
             "--expt-relaxed-constexpr", "-use_fast_math", "-DFLASHINFER_ENABLE_BF16",
             "-DFLASHINFER_ENABLE_F16", "-DNDEBUG", "-w", "-static-global-template-stub=false",
             # Its narrowing conversions are errors outside of system headers.
-            *(f"-isystem{path}" for path in includes), f"-I{work}",
-            *(str(work / name) for name in names), "-o", str(work / "module.so"), "-lcuda"]
+            *(word for path in includes for word in ("-isystem", str(path))), f"-I{work}",
+            *(str(work / name) for name in names), "-o", str(work / "module.so"), tvm_ffi.libinfo.find_libtvm_ffi(), f"-L{work}", "-lcuda"]
 
 
 @remembered
@@ -156,7 +159,8 @@ def flashinfer_module(peers, state, inputs, weights, A, index, headdim, dstate, 
         (work / "selective_state_update_config.inc").write_text(text)
         done = subprocess.run(flashinfer_command(source, work), capture_output=True, text=True)
         if done.returncode:
-            error = next((l for l in done.stderr.splitlines() if "error" in l), "nvcc failed")
+            lines = done.stderr.splitlines() or ["nvcc failed"]
+            error = next((line for line in lines if "error" in line), lines[-1])
             raise Missing(f"did not compile: {error[-100:]}")
     return tvm_ffi.load_module(str(library))
 
