@@ -115,6 +115,7 @@ __device__ void step_channel(const CausalConv1dUpdateProblem &p, int64_t row, in
 }
 
 constexpr int kThreads = 128;
+constexpr int64_t kMostBlocks = 0x7fffffff;  // along a grid's x
 
 __global__ void __launch_bounds__(kThreads)
     any_step(const __grid_constant__ CausalConv1dUpdateProblem p, int64_t channel_blocks,
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kPackedWidth = 4;
 constexpr int kRows = 8;  // of the batch, a warp each
 constexpr int kLanes = 32;
+constexpr int64_t kMostRowBlocks = 65535;  // along a grid's y
 
 // Consecutive values of a dtype known when running; `p` is aligned to their bytes, up to 16.
 template <int N>
@@ -205,12 +207,12 @@ struct Sorted {
 
 template <class Bits, int kLength, bool kByChannel>
 __global__ void __launch_bounds__(kRows *kLanes)
-    packed_step(const __grid_constant__ CausalConv1dUpdateProblem p, int64_t channel_blocks) {
+    packed_step(const __grid_constant__ CausalConv1dUpdateProblem p) {
   using State = Inputs<Bits, kLength, kByChannel>;
   constexpr int kChannels = State::kChannels, kBlock = kLanes * kChannels;
   __shared__ Sorted<kByChannel ? kLength : 1> sorted[kByChannel ? kRows : 1];
-  const int64_t row = blockIdx.x / channel_blocks * blockDim.y + threadIdx.y;
-  const int64_t c0 = blockIdx.x % channel_blocks * kBlock, c = c0 + threadIdx.x * kChannels;
+  const int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
+  const int64_t c0 = int64_t(blockIdx.x) * kBlock, c = c0 + threadIdx.x * kChannels;
   const bool mine = c < p.dim;  // dim is a multiple of kChannels
   if (row >= p.batch) return;   // a whole warp
   wait_for_previous();
@@ -320,6 +322,7 @@ bool packed(const CausalConv1dUpdateProblem &p, int64_t channels, bool *by_chann
   const View<3> &s = p.conv_state;
   if (p.ntokens != 1 || p.width != kPackedWidth || p.state_len > 4) return false;
   if (p.cache_seqlens.given() || p.dim % channels) return false;
+  if (p.dim > kMostBlocks || p.batch > int64_t(kRows) * kMostRowBlocks) return false;
   // Axis 2 of x and out has one element and counts for nothing.
   View<3> x = p.x, out = p.out;
   x.stride[2] = out.stride[2] = 0;
@@ -339,9 +342,10 @@ ssmk_status launch_packed(const CausalConv1dUpdateProblem &p, const Call &call) 
   constexpr int64_t kBlock = kLanes * 16 / sizeof(Bits);
   const int64_t channel_blocks = (p.dim + kBlock - 1) / kBlock;
   const int64_t rows = p.batch < kRows ? p.batch : kRows;
-  const int64_t blocks = (p.batch + rows - 1) / rows * channel_blocks;
-  return launch(call, packed_step<Bits, kLength, kByChannel>, dim3(unsigned(blocks)),
-                dim3(kLanes, unsigned(rows)), 0, p, channel_blocks);
+  const int64_t row_blocks = (p.batch + rows - 1) / rows;
+  return launch(call, packed_step<Bits, kLength, kByChannel>,
+                dim3(unsigned(channel_blocks), unsigned(row_blocks)), dim3(kLanes, unsigned(rows)),
+                0, p);
 }
 
 template <class Bits>
@@ -356,11 +360,10 @@ ssmk_status launch_packed(const CausalConv1dUpdateProblem &p, bool by_channel, c
 }  // namespace
 
 ssmk_status causal_conv1d_update(const CausalConv1dUpdateProblem &p, const Call &call) {
-  constexpr int64_t kMostBlocks = 0x7fffffff;
   if (p.batch == 0 || p.dim == 0) return SSMK_OK;
   const bool wide = size_of(p.conv_state.dtype) == 4;
   bool by_channel;
-  if (packed(p, wide ? 4 : 8, &by_channel) && p.batch * p.dim / 4 < kMostBlocks)
+  if (packed(p, wide ? 4 : 8, &by_channel))
     return wide ? launch_packed<uint32_t>(p, by_channel, call)
                 : launch_packed<uint16_t>(p, by_channel, call);
   const int64_t channel_blocks = (p.dim + kThreads - 1) / kThreads;
