@@ -2,42 +2,14 @@
 // Decode on the GPU: which kernel, how many blocks.  Nothing here depends on anything but sizes,
 // dtypes and strides, so a captured launch stays right.
 #include "cuda/state_update_heads.cuh"
-#include "cuda/state_update_mamba3.cuh"
+#include "cuda/state_update_launch.cuh"
 #include "cuda/state_update_packed.cuh"
-#ifdef BENCH
-extern int g_rows, g_threads, g_rows_any;
-#endif
 
 namespace ssmk::cuda {
 namespace {
 
-constexpr int64_t kMostGrid = 65535;      // blocks along y and z
+constexpr int64_t kManyWarps = 2048;       // of four rows a thread: enough for any chip
 constexpr int64_t kStageBytes = 24 << 10;  // of tokens in shared memory at a time
-
-// One decay for all states of a row.
-bool one_decay(const StateUpdateProblem &q) { return q.A.stride[2] == 0 || q.dstate == 1; }
-
-// Runs a kernel so that it is set up while its predecessor ends; it waits for that itself.
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared,
-                   cudaStream_t stream, const Params &params) {
-  if (shared > 48 << 10) {
-    const cudaError_t e = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) return e;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = size_t(shared);
-  config.stream = stream;
-  cudaLaunchAttribute attribute[1];
-  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[0].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
 
 // A view for Near: false if its strides do not fit.
 template <int To, int From>
@@ -52,31 +24,15 @@ bool near(const View<From> &v, const int (&axes)[To], Near<To> *to) {
   return true;
 }
 
-// One launch after another where there are more rows or heads than a grid takes.
-template <class Problem, class Kernel>
-cudaError_t each_grid(Problem p, Kernel kernel, int64_t blocks, int64_t nheads, int64_t batch,
-                      int threads, int64_t shared, cudaStream_t stream) {
-  for (int64_t b = 0; b < batch; b += kMostGrid)
-    for (int64_t h = 0; h < nheads; h += kMostGrid) {
-      p.first_batch = b;
-      p.first_head = decltype(p.first_head)(h);
-      const dim3 grid(unsigned(blocks), unsigned(nheads - h < kMostGrid ? nheads - h : kMostGrid),
-                      unsigned(batch - b < kMostGrid ? batch - b : kMostGrid));
-      const cudaError_t e = launch(kernel, grid, threads, shared, stream, p);
-      if (e != cudaSuccess) return e;
-    }
-  return cudaSuccess;
-}
-
-template <class S, int kRows, int kChunks, bool kOneDecay, Work kWork, int kThreads>
-cudaError_t run_packed(const PackedProblem &p, const StateUpdateProblem &q, cudaStream_t stream) {
+template <class S, class X, int kRows, int kChunks, bool kOneDecay, Work kWork, int kThreads>
+ssmk_status run_packed(const PackedProblem &p, const StateUpdateProblem &q, const Call &call) {
   const int64_t rows = int64_t(kThreads >> p.log_lanes) * kRows;
-  return each_grid(p, update_packed<S, kRows, kChunks, kOneDecay, kWork, kThreads>,
-                   (q.headdim + rows - 1) / rows, q.nheads, q.batch, kThreads, 0, stream);
+  return each_grid(p, update_packed<S, X, kRows, kChunks, kOneDecay, kWork, kThreads>,
+                   (q.headdim + rows - 1) / rows, q.nheads, q.batch, kThreads, 0, call);
 }
 
 template <class S>
-cudaError_t run_heads(const Cut &cut, const StateUpdateProblem &q, cudaStream_t stream) {
+ssmk_status run_heads(const Cut &cut, const StateUpdateProblem &q, const Call &call) {
   HeadsProblem p = {};
   p.x = q.x, p.dt = q.dt, p.z = q.z, p.out = q.out;
   p.A = q.A, p.B = q.B, p.C = q.C, p.D = q.D, p.dt_bias = q.dt_bias;
@@ -92,107 +48,96 @@ cudaError_t run_heads(const Cut &cut, const StateUpdateProblem &q, cudaStream_t 
   p.stage = int(kStageBytes / token < 1 ? 1 : kStageBytes / token);
   if (p.stage > p.ntokens) p.stage = p.ntokens;
   return each_grid(p, update_heads<kPack<S>>, (q.headdim + rows - 1) / rows, q.nheads, q.batch,
-                   kHeadsThreads, token * p.stage, stream);
+                   kHeadsThreads, token * p.stage, call);
 }
 
 // For the packed kernel, if it can do the call.
 template <class S>
 bool packed(const Cut &cut, const StateUpdateProblem &q, PackedProblem *p) {
-  constexpr int64_t kMost = INT32_MAX;
-  const auto packs = [](const View<5> &v) {
+  constexpr int64_t kMost = INT32_MAX, kMostHeads = 1 << 20;
+  const auto packs = [&](const View<5> &v) {
     const int64_t bytes = kPack<S> * size_of(v.dtype);
-    return bytes <= 16 && packs_along(v, 4, bytes);
+    return v.dtype == q.x.dtype && packs_along(v, 4, bytes < 16 ? bytes : 16);
   };
-  if (q.dstate % kPack<S> || cut.chunks > 3 || !packs_along(q.state, 3, 16) || !packs(q.B) ||
-      !packs(q.C))
+  // A wider x than the states are would need more registers than its use is worth.
+  if (size_of(q.x.dtype) > size_of(q.state.dtype)) return false;
+  if (size_of(q.state.dtype) == 2 && q.x.dtype != q.state.dtype) return false;
+  if (q.out.dtype != q.x.dtype || (q.z.given() && q.z.dtype != q.x.dtype)) return false;
+  if (q.dstate == 0 || q.dstate % kPack<S> || cut.chunks > 3 || !packs_along(q.state, 3, 16) ||
+      !packs(q.B) || !packs(q.C) || q.ntokens == 0)
     return false;
   if (q.intermediate.given() &&
       (q.intermediate.dtype != q.state.dtype || !packs_along(q.intermediate, 4, 16)))
     return false;
   if (!one_decay(q) && (q.A.dtype != DType::kF32 || !packs_along(q.A, 2, 16))) return false;
-  if (q.slots.pad.entries > kMost || q.slots.intermediate_entries > kMost) return false;
+  if (q.slots.pad.entries > kMost || q.slots.intermediate_entries > kMost || q.batch > kMost ||
+      q.nheads > kMostHeads || q.headdim > kMostHeads || q.ntokens > kMostHeads)
+    return false;
   p->slots = q.slots;
   p->dt_transform = q.dt_transform;
   p->ntokens = int(q.ntokens), p->headdim = int(q.headdim);
-  p->heads_per_group = int(q.nheads / q.ngroups);
+  p->groups_per_head = 1.0f / float(q.nheads / q.ngroups);
   p->packs = cut.packs, p->log_lanes = cut.log_lanes;
+  View<2> out = q.slots.out;
+  if (q.slots.out_per_token) out = {};
   return near(q.x, {0, 1, 2, 3}, &p->x) && near(q.dt, {0, 1, 2, 3}, &p->dt) &&
          near(q.z, {0, 1, 2, 3}, &p->z) && near(q.out, {0, 1, 3, 4}, &p->out) &&
          near(q.A, {0, 1, 2}, &p->A) && near(q.B, {0, 1, 3, 4}, &p->B) &&
          near(q.C, {0, 1, 3, 4}, &p->C) && near(q.D, {0, 1}, &p->D) &&
          near(q.dt_bias, {0, 1}, &p->dt_bias) && near(q.state, {0, 1, 2, 3}, &p->state) &&
-         near(q.intermediate, {0, 1, 2, 3, 4}, &p->intermediate);
+         near(q.intermediate, {0, 1, 2, 3, 4}, &p->intermediate) &&
+         near(q.slots.in, {0, 1}, &p->in) && near(out, {0, 1}, &p->one_out);
 }
 
-template <class S>
-cudaError_t heads(const StateUpdateProblem &q, cudaStream_t stream) {
-  const Cut cut = cut_of(q.dstate, kPack<S>);
-  PackedProblem p = {};
-  if (!packed<S>(cut, q, &p)) return run_heads<S>(cut, q, stream);
+template <class S, class X, bool kOneDecay, Work kWork>
+ssmk_status pick_packed(const Cut &cut, const PackedProblem &p, const StateUpdateProblem &q,
+                        const Call &call) {
+  constexpr int kThreads = 128;
+  if (cut.chunks == 3) return run_packed<S, X, 1, 3, kOneDecay, kWork, kThreads>(p, q, call);
+  if (cut.chunks == 2) return run_packed<S, X, 1, 2, kOneDecay, kWork, kThreads>(p, q, call);
+  // Rows of a thread share what it costs to prepare a token; fewer rows keep a small call spread
+  // over the chip.  The bits do not depend on it.
+  const int64_t warps = q.batch * q.nheads * ((q.headdim << cut.log_lanes) / 128);
+  const bool four = cut.lanes() >= 4 && (kWork == Work::kAny || warps >= kManyWarps);
+  if (four) return run_packed<S, X, 4, 1, kOneDecay, kWork, kThreads>(p, q, call);
+  if (cut.lanes() >= 2) return run_packed<S, X, 2, 1, kOneDecay, kWork, kThreads>(p, q, call);
+  return run_packed<S, X, 1, 1, kOneDecay, kWork, kThreads>(p, q, call);
+}
+
+template <class S, class X>
+ssmk_status run_any_packed(const Cut &cut, const PackedProblem &p, const StateUpdateProblem &q,
+                           const Call &call) {
   const Slots &s = q.slots;
   const bool one = q.ntokens == 1 && !s.num_tokens.given() && !s.num_accepted.given() &&
                    !s.out_per_token && !q.intermediate.given();
-#ifdef BENCH
-  {
-    const int R = one ? g_rows : cut.lanes() >= 4 && cut.chunks == 1 ? g_rows_any : cut.lanes() < 2 || cut.chunks > 1 ? 1 : 2, NT = g_threads;
-    const int RR = cut.chunks > 1 || cut.lanes() < 2 ? 1 : cut.lanes() < R ? cut.lanes() : R;
-#define V(r, c, d, w, nt) if (RR == r && NT == nt && one == (w == Work::kOne) && one_decay(q) == d && cut.chunks == c) return run_packed<S, r, c, d, w, nt>(p, q, stream);
-    V(1,1,true,Work::kOne,128) V(2,1,true,Work::kOne,128) V(4,1,true,Work::kOne,128) V(1,1,true,Work::kOne,256) V(2,1,true,Work::kOne,256)
-    V(1,2,true,Work::kOne,128) V(1,3,true,Work::kOne,128) V(1,2,true,Work::kAny,128) V(1,3,true,Work::kAny,128)
-    V(1,1,true,Work::kAny,128) V(2,1,true,Work::kAny,128) V(4,1,true,Work::kAny,128)
-    V(1,1,false,Work::kOne,128) V(2,1,false,Work::kOne,128) V(4,1,false,Work::kOne,128) V(1,1,false,Work::kOne,256) V(2,1,false,Work::kOne,256)
-    V(1,2,false,Work::kOne,128) V(1,3,false,Work::kOne,128) V(1,2,false,Work::kAny,128) V(1,3,false,Work::kAny,128)
-    V(1,1,false,Work::kAny,128) V(2,1,false,Work::kAny,128) V(4,1,false,Work::kAny,128)
-    return cudaErrorInvalidConfiguration;
-  }
-#endif
-  return cudaErrorInvalidValue;
-}
-
-template <class S, int kRows, int kChunks, bool kPacked>
-cudaError_t run_mamba3(const Cut &cut, const StateUpdateProblem &q, cudaStream_t stream) {
-  Mamba3Launch p = {};
-  p.p = q;
-  p.packs = cut.packs, p.log_lanes = cut.log_lanes;
-  p.padded = cut.lanes() * cut.chunks * kPack<S>;
-  p.one_decay = q.adt.given() || one_decay(q);
-  const int64_t rows = int64_t(kMamba3Threads >> cut.log_lanes) * kRows;
-  p.passes = int((q.headdim + rows - 1) / rows);
-  const int64_t shared = mamba3_shared_floats(q, p.padded, p.passes) * int64_t(sizeof(float));
-  return each_grid(p, update_mamba3<S, kRows, kChunks, kPacked>, 1, q.nheads, q.batch,
-                   kMamba3Threads, shared, stream);
+  if (one_decay(q))
+    return one ? pick_packed<S, X, true, Work::kOne>(cut, p, q, call)
+               : pick_packed<S, X, true, Work::kAny>(cut, p, q, call);
+  return one ? pick_packed<S, X, false, Work::kOne>(cut, p, q, call)
+             : pick_packed<S, X, false, Work::kAny>(cut, p, q, call);
 }
 
 template <class S>
-cudaError_t mamba3(const StateUpdateProblem &q, cudaStream_t stream) {
+ssmk_status heads(const StateUpdateProblem &q, const Call &call) {
   const Cut cut = cut_of(q.dstate, kPack<S>);
-  const bool packed =
-      q.dstate % kPack<S> == 0 && packs_along(q.state, 3, 16) &&
-      (q.adt.given() || one_decay(q)) &&
-      (!q.intermediate.given() ||
-       (q.intermediate.dtype == q.state.dtype && packs_along(q.intermediate, 4, 16)));
-  if (packed && cut.chunks == 1 && cut.lanes() >= 4)
-    return run_mamba3<S, 4, 1, true>(cut, q, stream);
-  if (packed && cut.chunks == 1 && cut.lanes() == 2)
-    return run_mamba3<S, 2, 1, true>(cut, q, stream);
-  if (packed && cut.chunks == 2) return run_mamba3<S, 1, 2, true>(cut, q, stream);
-  if (packed && cut.chunks == 3 && cut.lanes() >= 2)
-    return run_mamba3<S, 2, 3, true>(cut, q, stream);
-  return run_mamba3<S, 1, kMostChunks, false>(cut, q, stream);
+  if (cut.chunks == 0) return too_long(call, q.dstate, kMostLanes * kMostChunks * kPack<S>);
+  PackedProblem p = {};
+  if (!packed<S>(cut, q, &p)) return run_heads<S>(cut, q, call);
+  if constexpr (sizeof(S) == 4) {
+    if (q.x.dtype == DType::kF16) return run_any_packed<S, __half>(cut, p, q, call);
+    if (q.x.dtype == DType::kBF16) return run_any_packed<S, __nv_bfloat16>(cut, p, q, call);
+  }
+  return run_any_packed<S, S>(cut, p, q, call);
 }
 
 }  // namespace
 
-cudaError_t state_update(const StateUpdateProblem &p, cudaStream_t stream) {
-  if (p.batch == 0 || p.nheads == 0 || p.headdim == 0) return cudaSuccess;
-  if (p.is_mamba3()) {
-    if (p.state.dtype == DType::kF32) return mamba3<float>(p, stream);
-    if (p.state.dtype == DType::kF16) return mamba3<__half>(p, stream);
-    return mamba3<__nv_bfloat16>(p, stream);
-  }
-  if (p.state.dtype == DType::kF32) return heads<float>(p, stream);
-  if (p.state.dtype == DType::kF16) return heads<__half>(p, stream);
-  return heads<__nv_bfloat16>(p, stream);
+ssmk_status state_update(const StateUpdateProblem &p, const Call &call) {
+  if (p.batch == 0 || p.nheads == 0 || p.headdim == 0) return SSMK_OK;
+  if (p.is_mamba3()) return state_update_mamba3(p, call);
+  if (p.state.dtype == DType::kF32) return heads<float>(p, call);
+  if (p.state.dtype == DType::kF16) return heads<__half>(p, call);
+  return heads<__nv_bfloat16>(p, call);
 }
 
 }  // namespace ssmk::cuda

@@ -8,7 +8,6 @@
 // registers, token by token.  A row longer than a warp can hold is shared by several warps.
 #pragma once
 
-#include "cuda/slots.cuh"
 #include "cuda/state_update_lanes.cuh"
 
 namespace ssmk::cuda {
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kHeadsThreads, 1)
     update_heads(const __grid_constant__ HeadsProblem p) {
   extern __shared__ float4 shared[];
   __shared__ float partial[kHeadsThreads / 32];
-  wait_for_earlier_kernels();
+  begin();
 
   const int lanes = 1 << p.log_lanes, lane = threadIdx.x & (lanes - 1);
   const int rows = kHeadsThreads >> p.log_lanes, mine = threadIdx.x >> p.log_lanes;
@@ -100,7 +99,8 @@ __global__ void __launch_bounds__(kHeadsThreads, 1)
       if (p.dt_bias.given()) dt += load_at(p.dt_bias, head, first + i);
       dt = transform_dt(p.dt_transform, dt);
       RowTerms r;
-      r.decay = p.one_decay ? exp2f(dt * (load_at(p.A, head, first + i) * kLog2e)) : dt * kLog2e;
+      r.decay =
+          p.one_decay ? exp2_fast(dt * (load_at(p.A, head, first + i) * kLog2e)) : dt * kLog2e;
       r.input = dt * x;
       // Without D not 0 x: x may be infinite.
       r.skip = p.D.given() ? load_at(p.D, head, first + i) * x : 0.0f;

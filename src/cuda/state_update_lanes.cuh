@@ -6,12 +6,12 @@
 // a row are added up in one order whatever the batch, the slots and the layout of the pool.
 #pragma once
 
-#include "core/problem.h"
+#include "cuda/launch.cuh"
+#include "cuda/slots.cuh"
 #include "cuda/values.cuh"
 
 namespace ssmk::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kMostChunks = 8;  // packs of one row in one thread
 constexpr int kMostLanes = 256;
 
@@ -55,9 +55,10 @@ __device__ __forceinline__ void read_any(const States &from, int64_t row, int n0
                                          float (&h)[K]) {
 #pragma unroll
   for (int i = 0; i < K; ++i)
-    h[i] = n0 + i < n ? load(from.data + (row * from.row + (n0 + i) * from.state) *
-                                             size_of(from.dtype), from.dtype)
-                      : 0.0f;
+    h[i] = n0 + i < n
+               ? load(from.data + (row * from.row + (n0 + i) * from.state) * size_of(from.dtype),
+                      from.dtype)
+               : 0.0f;
 }
 
 template <int K>
@@ -105,19 +106,6 @@ __device__ __forceinline__ RowSlots row_slots(const Problem &p, int64_t b) {
   return r;
 }
 
-// The same where there are neither counts nor choices nor intermediate states.
-template <class Problem>
-__device__ __forceinline__ RowSlots one_slot(const Problem &p, int64_t b) {
-  const Slots &s = p.slots;
-  RowSlots r;
-  r.in = s.in.given() ? read_index(s.in, b, 0) : b;
-  r.out = s.out.given() ? read_index(s.out, b, 0) : r.in;
-  r.pad = s.pad.is_pad(r.in) || s.pad.is_pad(r.out);
-  r.tokens = 1;
-  r.intermediate = r.start = -1;
-  return r;
-}
-
 // The states of a head in a slot of the pool, and after a token.
 template <class Problem>
 __device__ __forceinline__ States states_in(const Problem &p, int64_t slot, int64_t head) {
@@ -128,13 +116,6 @@ __device__ __forceinline__ States states_after(const Problem &p, int64_t row, in
                                                int64_t head) {
   return {p.intermediate.at(row, t, head), p.intermediate.dtype, p.intermediate.stride[3],
           p.intermediate.stride[4]};
-}
-
-// 2^x: two units in the last place, results below 2^-126 are 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // dt' of dt + bias; NaN stays NaN.
@@ -186,13 +167,10 @@ __device__ __forceinline__ void read_row(const float *row, int pack, int padded,
   }
 }
 
-// Programmatic dependent launch: before a kernel reads anything, what came before it in the stream
-// has ended; what follows may be set up meanwhile.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+// What came before in the stream has ended; what follows may be brought up.
+__device__ __forceinline__ void begin() {
+  wait_for_previous();
+  start_next();
 }
 
 }  // namespace ssmk::cuda

@@ -10,7 +10,6 @@
 // tokens; the last one writes the small states.
 #pragma once
 
-#include "cuda/slots.cuh"
 #include "cuda/state_update_lanes.cuh"
 
 namespace ssmk::cuda {
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
   constexpr int K = kPack<S>, kThreads = kMamba3Threads;
   extern __shared__ float4 shared[];
   __shared__ float partial[kThreads / 32];
-  wait_for_earlier_kernels();
+  begin();
 
   const StateUpdateProblem &p = launch.p;
   const Mamba3 &m = p.mamba3;
@@ -96,9 +95,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
   const int mine = lanes > 32 ? thread >> launch.log_lanes
                               : thread / 32 * (apart * kRows) + (thread % 32 >> launch.log_lanes);
 
-  const States source = slots.start >= 0
-                            ? states_after(p, slots.intermediate, slots.start, head)
-                            : states_in(p, slots.in, head);
+  const States source = slots.start >= 0 ? states_after(p, slots.intermediate, slots.start, head)
+                                         : states_in(p, slots.in, head);
 
   // Angles, keys and values at the places that the four kinds of states share.
   const auto small_in = [&](int64_t slot, const auto &f) {
@@ -156,8 +154,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
       const float dt = dt_of(t, i);
       dts[i] = dt;
       x[i] = load_at(p.x, b, t, head, i);
-      decays[i] = p.adt.given() ? exp2f(load_at(p.adt, b, t, head) * kLog2e)
-                  : one_decay   ? exp2f(dt * (load_at(p.A, head, i) * kLog2e))
+      decays[i] = p.adt.given() ? exp2_fast(load_at(p.adt, b, t, head) * kLog2e)
+                  : one_decay   ? exp2_fast(dt * (load_at(p.A, head, i) * kLog2e))
                                 : 0.0f;
     }
     for (int i = thread; i < nangles; i += kThreads) {
@@ -193,8 +191,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
       for (int i = thread; i < headdim; i += kThreads)
         if (p.D.given()) {
           const float psi = m.mimo_x.given() ? load_at(m.mimo_x, head, r, i) : 1.0f;
-          y[r * headdim + i] = fmaf(load_at(p.D, head, i), psi * load_at(p.x, b, t, head, i),
-                                    y[r * headdim + i]);
+          y[r * headdim + i] =
+              fmaf(load_at(p.D, head, i), psi * load_at(p.x, b, t, head, i), y[r * headdim + i]);
         }
     if (m.norm_weight.given()) {
       __syncthreads();
@@ -213,8 +211,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
       for (int r = 0; r < rank; ++r) {
         float o = y[r * headdim + i];
         if (m.norm_weight.given()) o = o * scales[r] * load_at(m.norm_weight, head, i);
-        if (p.z.given())
-          o *= silu(m.mimo_z.given() ? load_at(m.mimo_z, head, r, i) * z : z);
+        if (p.z.given()) o *= silu(m.mimo_z.given() ? load_at(m.mimo_z, head, r, i) * z : z);
         if (m.mimo_out.given()) {
           total = fmaf(load_at(m.mimo_out, head, r, i), o, total);
         } else {

@@ -5,11 +5,12 @@
 
 namespace ssmk::cuda {
 
+ssmk_status state_update(const StateUpdateProblem &, const Call &);
 ssmk_status causal_conv1d_update(const CausalConv1dUpdateProblem &, const Call &);
 
 const Kernels &kernels() {
   static constexpr Kernels table = {
-      {},  // state_update
+      {on_device<StateUpdateProblem, state_update>},
       {on_device<CausalConv1dUpdateProblem, causal_conv1d_update>},
   };
   return table;

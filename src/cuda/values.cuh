@@ -46,10 +46,26 @@ inline constexpr DType dtype_for<__nv_bfloat16> = DType::kBF16;
 
 // ---- One value of a dtype known when running
 
+// As bits, without a branch: several loads in a row are then under way together.
+__device__ __forceinline__ uint32_t load_bits(const char *p, DType dtype) {
+  uint32_t bits;
+  asm volatile(
+      "{\n.reg .pred wide;\nsetp.ne.u32 wide, %2, 0;\n"
+      "@wide ld.global.b32 %0, [%1];\n@!wide ld.global.u16 %0, [%1];\n}"
+      : "=r"(bits)
+      : "l"(p), "r"(uint32_t(dtype == DType::kF32))
+      : "memory");
+  return bits;
+}
+
+__device__ __forceinline__ float value_of(uint32_t bits, DType dtype) {
+  const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  const float other = __uint_as_float(dtype == DType::kBF16 ? bits << 16 : bits);
+  return dtype == DType::kF16 ? half : other;
+}
+
 __device__ __forceinline__ float load(const char *p, DType dtype) {
-  if (dtype == DType::kF32) return *reinterpret_cast<const float *>(p);
-  if (dtype == DType::kF16) return widen(*reinterpret_cast<const __half *>(p));
-  return widen(*reinterpret_cast<const __nv_bfloat16 *>(p));
+  return value_of(load_bits(p, dtype), dtype);
 }
 
 __device__ __forceinline__ void store(char *p, DType dtype, float v) {
@@ -167,14 +183,37 @@ bool packs_along(const View<Rank> &v, int axis, int64_t bytes) {
   return true;
 }
 
-// ---- Functions, each within a few units in the last place
+// ---- Functions, in float32: each within a few units in the last place of its largest values
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+constexpr float kLog2e = 1.4426950408889634f;
+
+// 2^x: two units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + exp2_fast(-x * kLog2e));
+}
 
 // z / (1 + exp(-z)).
-__device__ __forceinline__ float silu(float z) { return __fdividef(z, 1.0f + expf(-z)); }
+__device__ __forceinline__ float silu(float z) {
+  return __fdividef(z, 1.0f + exp2_fast(-z * kLog2e));
+}
 
-// log1p(exp(x)), and x itself above 20.
-__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+// log1p(exp(x)), which is x itself above 20.  With e = exp(-|x|): max(x, 0) + log1p(e), and
+// log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3, by its series up to s^13: 2^-26 of the value.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = exp2_fast(-fabsf(x) * kLog2e), s = __fdividef(e, 2.0f + e), s2 = s * s;
+  float series = fmaf(s2, 2.0f / 13, 2.0f / 11);
+  series = fmaf(s2, series, 2.0f / 9);
+  series = fmaf(s2, series, 2.0f / 7);
+  series = fmaf(s2, series, 2.0f / 5);
+  series = fmaf(s2, series, 2.0f / 3);
+  series = fmaf(s2, series, 2.0f);
+  return fmaf(s, series, x > 0.0f ? x : 0.0f);
+}
 
 }  // namespace ssmk::cuda
