@@ -65,7 +65,9 @@ __device__ __forceinline__ float value_of(uint32_t bits, DType dtype) {
 }
 
 __device__ __forceinline__ float load(const char *p, DType dtype) {
-  return value_of(load_bits(p, dtype), dtype);
+  if (dtype == DType::kF32) return *reinterpret_cast<const float *>(p);
+  if (dtype == DType::kF16) return widen(*reinterpret_cast<const __half *>(p));
+  return widen(*reinterpret_cast<const __nv_bfloat16 *>(p));
 }
 
 __device__ __forceinline__ void store(char *p, DType dtype, float v) {
