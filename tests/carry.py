@@ -60,9 +60,8 @@ class Strided:
 
     def __dlpack__(self, *, stream=None, max_version=None):
         new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p] + [
-            ctypes.c_void_p
-        ]
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         return new(ctypes.addressof(self.managed), b"dltensor_versioned", None)
 
 

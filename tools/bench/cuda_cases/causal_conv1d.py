@@ -56,7 +56,8 @@ def case(context, name, dtype, length, order, batch, tokens=1):
     def want():
         state, x, slots, _ = buffers[0]
         x = x.reshape(batch, tokens, DIM).swapaxes(1, 2)
-        window = torch.cat([state[slots.long()].float(), x.float()], -1)[..., -(WIDTH - 1 + tokens):]
+        window = torch.cat([state[slots.long()].float(), x.float()], -1)
+        window = window[..., -(WIDTH - 1 + tokens):]
         out = torch.nn.functional.conv1d(window, weight.float()[:, None], bias.float(), groups=DIM)
         return torch.nn.functional.silu(out).swapaxes(1, 2).reshape(shape)
 
