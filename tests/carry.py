@@ -48,7 +48,8 @@ class Strided:
         self.strides = sizes(*(s // like.itemsize for s in like.strides))
         code = 4 if like.dtype == BF16 else KIND[like.dtype.kind]
         tensor = DLTensor(
-            address, *dlpack_device, like.ndim, code, 8 * like.itemsize, 1, self.sizes, self.strides, 0
+            address, *dlpack_device, like.ndim, code, 8 * like.itemsize, 1, self.sizes,
+            self.strides, 0,
         )
         self.managed = Managed(1, 0, None, None, 0, tensor)
 
