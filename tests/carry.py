@@ -35,27 +35,34 @@ class Managed(ctypes.Structure):
 
 
 class Strided:
-    """A tensor with any strides, which torch's never have negative, over memory of a device."""
+    """A tensor with any strides, which torch's never have negative, over memory of a device.
 
-    def __init__(self, memory, address, device, like):
-        self.memory, self.device, self.shape = memory, device, like.shape
+    What is allocated beside it is torch's.
+    """
+
+    def __init__(self, torch, memory, address, dlpack_device, like):
+        self.torch, self.memory, self.device = torch, memory, memory.device
+        self.dlpack_device, self.shape, self.dtype = dlpack_device, like.shape, like.dtype
         sizes = ctypes.c_int64 * max(like.ndim, 1)
         self.sizes = sizes(*like.shape)
         self.strides = sizes(*(s // like.itemsize for s in like.strides))
         code = 4 if like.dtype == BF16 else KIND[like.dtype.kind]
         tensor = DLTensor(
-            address, *device, like.ndim, code, 8 * like.itemsize, 1, self.sizes, self.strides, 0
+            address, *dlpack_device, like.ndim, code, 8 * like.itemsize, 1, self.sizes,
+            self.strides, 0,
         )
         self.managed = Managed(1, 0, None, None, 0, tensor)
 
+    def __array_namespace__(self, api_version=None):
+        return self.torch
+
     def __dlpack_device__(self):
-        return self.device
+        return self.dlpack_device
 
     def __dlpack__(self, *, stream=None, max_version=None):
         new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p] + [
-            ctypes.c_void_p
-        ]
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         return new(ctypes.addressof(self.managed), b"dltensor_versioned", None)
 
 
@@ -95,9 +102,8 @@ class Carried:
         named = dict(zip(function.__self__.parameters, args))
         named.update(kwargs)
         arrays = {k: v for k, v in named.items() if isinstance(v, np.ndarray)}
-        whole = named.get("out") is not None  # else torch allocates, which needs a tensor of its
         memories = {}
-        there = {k: self.to_device(v, memories, whole) for k, v in arrays.items()}
+        there = {k: self.to_device(v, memories) for k, v in arrays.items()}
         try:
             results = function(**{**named, **there})
         except NotImplementedError as e:
@@ -115,16 +121,13 @@ class Carried:
             return tuple(returned(tensor) for tensor in results)
         return returned(results)
 
-    def to_device(self, array, memories, whole):
+    def to_device(self, array, memories):
         torch = self.torch
         name = "bfloat16" if array.dtype == BF16 else array.dtype.name
         dtype = getattr(torch, name)
         if array.size == 0:
             return torch.empty(array.shape, dtype=dtype, device=self.device)
         strides = [s // array.itemsize for s in array.strides]
-        if not whole and min(strides, default=0) < 0:
-            bits = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            return torch.from_numpy(bits).to(self.device).view(dtype).reshape(array.shape)
         address, size = root_of(array)
         if size > LARGEST:
             pytest.skip(f"{size >> 20} MiB are not carried to a GPU; test_cuda.py has such pools")
@@ -134,7 +137,7 @@ class Carried:
         room = memories[address][1]
         offset = array.__array_interface__["data"][0] - address
         if min(strides, default=0) < 0 or offset % array.itemsize:
-            return Strided(room, room.data_ptr() + offset, self.dlpack_device, array)
+            return Strided(torch, room, room.data_ptr() + offset, self.dlpack_device, array)
         tensor = torch.empty(0, dtype=dtype, device=self.device)
         return tensor.set_(room.untyped_storage(), offset // array.itemsize, array.shape, strides)
 

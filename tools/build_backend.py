@@ -8,9 +8,9 @@ import os
 import shutil
 
 import mesonpy
-from mesonpy import build_sdist, get_requires_for_build_sdist  # noqa: F401  (pip asks for them here)
+from mesonpy import build_sdist, get_requires_for_build_sdist  # noqa: F401  (for pip)
 
-# The bare compiler does not pin its parts to one release, as the toolkit of which it is a part does.
+# The bare compiler does not pin its parts to one release; the toolkit that it belongs to does.
 TOOLKIT = "cuda-toolkit[nvcc,cccl]==13.0.*"
 
 

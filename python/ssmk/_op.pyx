@@ -315,7 +315,7 @@ cdef object _capsule(object o, PyObject *stream):
         return o.__dlpack__()
 
 cdef uint64_t _current_stream(object o, int device) except 0:
-    """The stream that the framework of `o` works on, as DLPack numbers them: 1 is CUDA's default."""
+    """The stream that the framework of `o` works on, in DLPack's numbers: 1 is CUDA's default."""
     if _derived(type(o), _loaded("torch", "Tensor")):
         return _loaded("torch", "cuda").current_stream(device).cuda_stream or 1
     if _derived(type(o), _loaded("cupy", "ndarray")):

@@ -157,10 +157,8 @@ def measure(context, case):
 
 def row_of(case, results):
     mine, limit = results[case.ssmk.name], results[case.limit]
-    peers = {
-        (p[0] if isinstance(p, tuple) else p.name): results[p[0] if isinstance(p, tuple) else p.name]
-        for p in case.peers
-    }
+    names = [peer[0] if isinstance(peer, tuple) else peer.name for peer in case.peers]
+    peers = {name: results[name] for name in names}
     return {
         "case": case.name, "bytes": case.bytes, "limit": case.limit, "limit_us": limit,
         "ssmk_us": mine, "ssmk_over_limit": mine / limit, "peers": peers,
@@ -169,7 +167,8 @@ def row_of(case, results):
 
 def show(rows, file=sys.stdout):
     width = max(len(row["case"]) for row in rows)
-    print(f"{'case':{width}}  {'limit us':>9}  {'ssmk us':>9}  over limit  peers over ssmk", file=file)
+    head = f"{'case':{width}}  {'limit us':>9}  {'ssmk us':>9}  over limit  peers over ssmk"
+    print(head, file=file)
     for row in rows:
         peers = []
         for name, value in row["peers"].items():
@@ -194,10 +193,13 @@ def cases(context, only):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m ssmk.bench.cuda", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ssmk.bench.cuda", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX",
                         help="cases whose name it is found in")
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="where tools/gpu has packed peers")
+    parser.add_argument("--peers", type=Path, metavar="DIR",
+                        help="where tools/gpu has packed peers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--turns", type=int, default=15, help="that the median is taken of")
     options = parser.parse_args(arguments)

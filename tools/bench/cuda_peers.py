@@ -69,8 +69,8 @@ def mamba_ssm_state_update(peers):
     for package in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         sys.modules.setdefault(package, types.ModuleType(package))
     load("mamba_ssm.ops.triton.softplus", triton / "softplus.py")
-    module = load("mamba_ssm.ops.triton.selective_state_update", triton / "selective_state_update.py")
-    return module.selective_state_update
+    name = "selective_state_update"
+    return getattr(load(f"mamba_ssm.ops.triton.{name}", triton / f"{name}.py"), name)
 
 
 @remembered
@@ -80,18 +80,25 @@ def causal_conv1d_update(peers):
     from torch.utils import cpp_extension
 
     csrc = source / "csrc"
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
+    # The update alone: what the binding names besides is bound when called, which it never is.
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
     try:
         extension = cpp_extension.load(
             "causal_conv1d_cuda",
-            [str(csrc / f"causal_conv1d{part}") for part in (".cpp", "_fwd.cu", "_bwd.cu", "_update.cu")],
+            [str(csrc / f"causal_conv1d{part}") for part in (".cpp", "_update.cu")],
             extra_include_paths=[str(csrc)],
-            extra_cuda_cflags=["-O3", "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
-                               "-U__CUDA_NO_BFLOAT16_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
-                               "--expt-relaxed-constexpr", "--expt-extended-lambda", "--use_fast_math"],
+            extra_ldflags=["-Wl,-z,lazy"],
+            extra_cuda_cflags=[
+                "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda",
+                "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
+                "-U__CUDA_NO_BFLOAT16_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+            ],
         )
-    except (RuntimeError, OSError) as e:
+    except (RuntimeError, OSError, ImportError) as e:
         raise Missing(f"did not compile: {str(e).splitlines()[0][:80]}") from e
+    finally:
+        sys.setdlopenflags(flags)
 
     def update(x, state, weight, bias, activation, cache_seqlens, slots):
         import torch
@@ -133,7 +140,8 @@ def flashinfer_command(source, work, target="90a"):
             "-DFLASHINFER_ENABLE_F16", "-DNDEBUG", "-w", "-static-global-template-stub=false",
             # Its narrowing conversions are errors outside of system headers.
             *(word for path in includes for word in ("-isystem", str(path))), f"-I{work}",
-            *(str(work / name) for name in names), "-o", str(work / "module.so"), tvm_ffi.libinfo.find_libtvm_ffi(), f"-L{work}", "-lcuda"]
+            *(str(work / name) for name in names), "-o", str(work / "module.so"),
+            tvm_ffi.libinfo.find_libtvm_ffi(), f"-L{work}", "-lcuda"]
 
 
 @remembered
