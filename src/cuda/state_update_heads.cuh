@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kHeadsThreads, 1)
           p.one_decay ? exp2_fast(dt * (load_at(p.A, head, first + i) * kLog2e)) : dt * kLog2e;
       r.input = dt * x;
       // Without D not 0 x: x may be infinite.
-      r.skip = p.D.given() ? load_at(p.D, head, first + i) * x : 0.0f;
+      r.skip = p.D.given() ? __fmul_rn(load_at(p.D, head, first + i), x) : 0.0f;
       r.gate = p.z.given() ? silu(load_at(p.z, b, t, head, first + i)) : 1.0f;
       terms[i] = r;
     }

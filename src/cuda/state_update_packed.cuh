@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads,
     const float decay = kOneDecay ? exp2_fast(dt * rate_log2e) : dt * kLog2e;
     const float input = dt * x;
     // Without D not 0 x: x may be infinite.
-    const float skip = p.D.given() ? D * x : 0.0f;
+    const float skip = p.D.given() ? __fmul_rn(D, x) : 0.0f;
     const float gate = p.z.given() ? silu(widen(bits.z)) : 1.0f;
 
     float y[kRows] = {};
