@@ -15,7 +15,7 @@ OPERATIONS = (
     "selective_scan", "ssd_chunk", "state_update", "causal_conv1d", "causal_conv1d_update",
     "mla_decode",
 )
-BUILT = ("selective_scan", "state_update", "causal_conv1d", "causal_conv1d_update")
+BUILT = OPERATIONS
 STATUS = {0: "OK", 1: "INVALID_ARGUMENT", 2: "UNSUPPORTED", 3: "DEVICE_ERROR", 4: "OUT_OF_MEMORY"}
 
 

@@ -436,11 +436,7 @@ def ssd_chunk(
     zero = State(*(None if shape is None else np.zeros(shape) for shape in shapes))
     spans = list(sequences(batch, seqlen, cu_seqlens, seq_idx))
     final = [
-        None
-        if shape is None
-        else pool.copy()
-        if pool is not None
-        else np.zeros((len(spans), *shape))
+        None if shape is None else final_room(len(spans), shape, pool, state_indices)
         for pool, shape in zip(given, shapes)
     ]
     positions = [] if capture_positions is None else [int(p) for p in capture_positions]
@@ -599,3 +595,114 @@ def causal_conv1d_update(
     elif channels_last:
         out = out.swapaxes(1, 2)
     return out, pool
+
+
+# mla_decode
+
+
+def quantize(values, group):
+    """(codes, scales, biases) of 4-bit affine groups of the last axis, in float32 step by step.
+
+    `values` are float32; scales and biases are unrounded, codes are made with them as such.
+    """
+    f = np.float32
+    *rows, width = values.shape
+    w = np.asarray(values, f).reshape(*rows, width // group, group)
+    least, most = w.min(-1), w.max(-1)
+    with np.errstate(all="ignore"):
+        scale = np.maximum((most - least) / f(15), f(1e-7))
+        from_below = np.abs(least) > np.abs(most)
+        scale = np.where(from_below, scale, -scale)
+        edge = np.where(from_below, least, most)
+        steps = np.rint(edge / scale)
+        scale = np.where(steps != 0, edge / steps, scale)
+        bias = np.where(steps != 0, edge, f(0))
+        q = np.rint((w - bias[..., None]) / scale[..., None])
+    q = np.clip(np.nan_to_num(q, nan=0), 0, 15).astype(np.uint32).reshape(*rows, width // 8, 8)
+    codes = (q << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32)
+    return codes, scale.astype(f), bias.astype(f)
+
+
+def dequantize(codes, scales, biases):
+    """code * scale + bias in double precision."""
+    q = (codes[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15
+    *rows, words = codes.shape
+    q = q.reshape(*rows, scales.shape[-1], 8 * words // scales.shape[-1]).astype(np.float64)
+    values = q * wide(scales)[..., None] + wide(biases)[..., None]
+    return values.reshape(*rows, 8 * words)
+
+
+@dataclass
+class Decoded:
+    out: np.ndarray
+    lse: np.ndarray
+    cache: dict = field(default_factory=dict)  # by name: the tensors after an append
+
+
+def mla_decode(
+    q_nope, seqlens, *, q_rope=None, latent=None, codes=None, scales=None, biases=None,
+    k_rope=None, page_table=None, new_latent=None, new_rope=None, softmax_scale=None,
+):
+    """A Decoded; the cache in it has the dtypes that it came in."""
+    cache = {
+        name: array.copy()
+        for name, array in (
+            ("latent", latent), ("codes", codes), ("scales", scales), ("biases", biases),
+            ("k_rope", k_rope),
+        )
+        if array is not None
+    }
+    single = q_nope.ndim == 3
+    if single:
+        q_nope, q_rope, new_latent, new_rope = (
+            None if a is None else a[:, None] for a in (q_nope, q_rope, new_latent, new_rope)
+        )
+    batch, T, nheads, width = q_nope.shape
+    page_size = next(iter(cache.values())).shape[1]
+
+    def places(row, positions):
+        """Indices of the first two axes of the cache."""
+        if page_table is None:
+            return np.full(len(positions), row), positions
+        return np.asarray(page_table[row])[positions // page_size], positions % page_size
+
+    if new_latent is not None:
+        for row in range(batch):
+            at = places(row, np.arange(int(seqlens[row]) - T, int(seqlens[row])))
+            if latent is not None:
+                cache["latent"][at] = new_latent[row].astype(latent.dtype)
+            else:
+                group = width // scales.shape[-1]
+                made = quantize(new_latent[row].astype(np.float32), group)
+                for name, values in zip(("codes", "scales", "biases"), made):
+                    with np.errstate(over="ignore"):
+                        cache[name][at] = values.astype(cache[name].dtype)
+            if k_rope is not None:
+                cache["k_rope"][at] = new_rope[row].astype(k_rope.dtype)
+
+    scale = softmax_scale
+    if not scale:
+        scale = 1 / np.sqrt(width + (0 if q_rope is None else q_rope.shape[-1]))
+    out, lse = np.zeros(q_nope.shape), np.full(q_nope.shape[:-1], -np.inf)
+    for row in range(batch):
+        at = places(row, np.arange(int(seqlens[row])))
+        if latent is not None:
+            values = wide(cache["latent"][at])
+        else:
+            values = dequantize(*(cache[name][at] for name in ("codes", "scales", "biases")))
+        for t in range(T):
+            seen = max(int(seqlens[row]) - T + t + 1, 0)
+            if seen == 0:
+                continue
+            scores = wide(q_nope[row, t]) @ values[:seen].T
+            if q_rope is not None:
+                scores += wide(q_rope[row, t]) @ wide(cache["k_rope"][at])[:seen].T
+            scores *= scale
+            most = scores.max(-1, keepdims=True)
+            p = np.exp(scores - most)
+            total = p.sum(-1, keepdims=True)
+            out[row, t] = p / total @ values[:seen]
+            lse[row, t] = (most + np.log(total))[:, 0]
+    if single:
+        out, lse = out[:, 0], lse[:, 0]
+    return Decoded(out, lse, cache)

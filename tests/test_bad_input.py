@@ -19,6 +19,7 @@ from cases import BF16, F32, I32, I64, assert_same_bits, normal
 
 B, L, D, N, G, E = 2, 5, 6, 4, 3, 7  # batch, seqlen, dim, dstate, ngroups, entries
 H, P, T = 3, 4, 2  # nheads, headdim, T
+R, S2 = 2, 2  # rank, nangles
 W, S = 4, 5  # width, state_len
 
 
@@ -57,35 +58,56 @@ def sound(operation, rng):
             activation=1,
         )
     if operation == "ssd_chunk":
+        states = dict(_=(H, P, N), angle_=(H, S2), k_=(R, H, N), v_=(H, P))
         return dict(
-            x=f(B, L, H, P), dt=f(B, L, H), A=-np.abs(f(H)), B=f(B, L, G, N), C=f(B, L, G, N),
-            D=f(H), out=f(B, L, H, P), final_states=f(B, H, P, N), dt_softplus=1,
-        )
+            x=f(B, L, H, P), dt=f(B, L, H), A=-np.abs(f(H)), B=f(B, L, R, 1, N),
+            C=f(B, L, R, 1, N), D=f(H, P), z=f(B, L, H, P), dt_bias=f(H), trap=f(B, L, H),
+            angles=f(B, L, H, S2), B_bias=f(H, R, N), C_bias=f(H, R, N), mimo_x=f(H, R, P),
+            mimo_z=f(H, R, P), mimo_out=f(H, R, P), norm_weight=f(H, P),
+            **{f"{when}_{k}states".replace("__", "_"): f(E, *shape)
+               for when in ("initial", "final") for k, shape in states.items()},
+            **{f"captured_{k}states".replace("__", "_"): f(4, *shape)
+               for k, shape in states.items()},
+            capture_positions=np.array([9, 0, -1, 3]), seq_idx=np.zeros((B, L), I32),
+            state_indices=slots, has_initial_state=np.ones(B, bool), out=f(B, L, H, P),
+            dt_softplus=1, norm_eps=0.1,
+        )  # fmt: skip
     return dict(
-        q_nope=f(B, H, 64), q_rope=f(B, H, 8), latent=f(B, 16, 64), k_rope=f(B, 16, 8),
-        seqlens=np.array([4, 9]), out=f(B, H, 64), lse=f(B, H),
+        q_nope=f(B, T, H, 64), q_rope=f(B, T, H, 8), codes=rng.integers(0, 2**32, (5, 16, 8), "u4"),
+        scales=f(5, 16, 2), biases=f(5, 16, 2), k_rope=f(5, 16, 8),
+        page_table=np.array([[3, 0], [1, 4]]), seqlens=np.array([20, 9]), new_latent=f(B, T, 64),
+        new_rope=f(B, T, 8), out=f(B, T, H, 64), lse=f(B, T, H),
     )
 
 
 REQUIRED = {
     "selective_scan": ("x", "dt", "A", "B", "C", "out"),
+    "ssd_chunk": ("x", "dt", "B", "C", "out"),
     "state_update": ("state", "x", "dt", "A", "B", "C", "out"),
     "causal_conv1d": ("x", "weight", "out"),
     "causal_conv1d_update": ("x", "conv_state", "weight", "out"),
+    "mla_decode": (
+        "q_nope", "q_rope", "codes", "scales", "biases", "k_rope", "new_rope", "seqlens", "out"
+    ),
 }
 WRITTEN = {
     "selective_scan": ("out", "final_states"),
+    "ssd_chunk": (
+        "out", "final_states", "final_angle_states", "final_k_states", "final_v_states",
+        "captured_states", "captured_angle_states", "captured_k_states", "captured_v_states",
+    ),
     "state_update": ("out", "state", "intermediate_states"),
     "causal_conv1d": ("out", "final_states"),
     "causal_conv1d_update": ("out", "conv_state"),
+    "mla_decode": ("out", "lse", "codes", "scales", "biases", "k_rope"),
 }
 FIRST = {
-    "selective_scan": "x", "state_update": "state", "causal_conv1d": "x",
-    "causal_conv1d_update": "x",
+    "selective_scan": "x", "ssd_chunk": "x", "state_update": "state", "causal_conv1d": "x",
+    "causal_conv1d_update": "x", "mla_decode": "q_nope",
 }
 INDEX = (
     "seq_idx", "cu_seqlens", "state_indices", "state_indices_out", "num_tokens",
-    "num_accepted_tokens", "intermediate_indices", "cache_seqlens",
+    "num_accepted_tokens", "intermediate_indices", "cache_seqlens", "capture_positions",
 )
 
 SOUND = {operation: sound(operation, np.random.default_rng(3)) for operation in OPERATIONS}
@@ -129,17 +151,6 @@ def assert_refused(call, pattern, status="INVALID_ARGUMENT"):
 def test_the_sound_calls_are_sound(sound_call, operation):
     status, message = sound_call(operation)()
     assert status == "OK", message
-
-
-# What is not built
-
-
-@pytest.mark.parametrize("operation", ("ssd_chunk", "mla_decode"))
-def test_what_is_not_built_says_so(rng, operation):
-    call = Call(operation, **sound(operation, rng))
-    assert_refused(call, ".*not built", "UNSUPPORTED")
-    status, message, size = call.workspace()
-    assert status == "UNSUPPORTED" and message.startswith(f"{operation}: ") and size == 2**64 - 1
 
 
 # Of state_update; test_bad_input_mamba3.py has their refusals.
@@ -253,6 +264,7 @@ def test_wrong_size_of_an_axis(sound_call, operation, name):
         ("state_update", "state_indices"): [1], ("causal_conv1d", "initial_states"): [0],
         ("causal_conv1d", "final_states"): [0], ("causal_conv1d_update", "conv_state"): [0, 2],
         ("causal_conv1d", "weight"): [1], ("causal_conv1d_update", "weight"): [1],
+        ("mla_decode", "page_table"): [1],
     }
     array = SOUND[operation][name]
     for axis in set(range(array.ndim)) - set(free.get((operation, name), [])):
@@ -343,13 +355,15 @@ def test_no_data_is_fine_where_there_are_no_elements(sound_call, operation):
     optional = [
         name
         for name in call.tensors
-        if name in INDEX or name in ("has_initial_state", "intermediate_states")
+        if name in INDEX
+        or name in ("has_initial_state", "intermediate_states")
+        or name.startswith("captured_")
     ]
     for name in optional:
         call.set(**{name: None})
     for name, tensor in call.tensors.items():
         batch = tensor.array.shape[0] == B and name not in ("A", "D", "weight", "bias", "dt_bias")
-        states = name in ("initial_states", "final_states")
+        states = name.startswith(("initial_", "final_"))
         if batch or states:
             tensor.reshape((0, *tensor.array.shape[1:]))
             tensor.c.data = ffi.NULL
@@ -429,7 +443,7 @@ def test_outputs_that_overlap_another_tensor(sound_call, operation, name):
         assert_refused(call, rf"({name}|{other}): .*(share memory|overlap).*")
 
 
-@pytest.mark.parametrize("operation", ("selective_scan", "causal_conv1d"))
+@pytest.mark.parametrize("operation", ("selective_scan", "ssd_chunk", "causal_conv1d"))
 def test_final_states_that_are_almost_the_initial_ones(sound_call, operation):
     call = sound_call(operation)
     states = call.tensors["initial_states"]
@@ -453,7 +467,7 @@ def test_outputs_that_interleave_are_welcome(sound_call, rng):
 # Values
 
 
-@pytest.mark.parametrize("operation", ("selective_scan", "causal_conv1d"))
+@pytest.mark.parametrize("operation", ("selective_scan", "ssd_chunk", "causal_conv1d"))
 @pytest.mark.parametrize(
     "cu",
     ([1, 3, 5], [0, 4, 3, 5], [0, 3, 4], [0, 3, 6], [0, -1, 5], [-1, 2, 5], [5], [0], []),
@@ -462,16 +476,15 @@ def test_outputs_that_interleave_are_welcome(sound_call, rng):
 @pytest.mark.parametrize("dtype", (I32, I64), ids=str)
 def test_cu_seqlens_that_cut_nothing_up(rng, operation, cu, dtype):
     fields = {
-        k: v[:1] if k in ("x", "dt", "B", "C", "z", "out") else v
+        k: v[:1] if k in ("x", "dt", "B", "C", "z", "trap", "angles", "out") else v
         for k, v in sound(operation, rng).items()
+        if k not in INDEX and not k.endswith(("_states", "_state"))
     }
-    for name in ("seq_idx", "state_indices", "has_initial_state", "initial_states", "final_states"):
-        fields.pop(name)
     call = Call(operation, **fields, cu_seqlens=np.array(cu, dtype))
     assert_refused(call, "cu_seqlens: .*, got")
 
 
-@pytest.mark.parametrize("operation", ("selective_scan", "causal_conv1d"))
+@pytest.mark.parametrize("operation", ("selective_scan", "ssd_chunk", "causal_conv1d"))
 def test_packed_in_two_ways_or_in_rows(sound_call, operation):
     cu = np.array([0, L])
     assert_refused(
@@ -486,6 +499,11 @@ INDEX_ERRORS = [
     ("selective_scan", "state_indices", [5, E], "entries = 7, got 7"),
     ("selective_scan", "state_indices", [5, 2**62], "entries = 7"),
     ("selective_scan", "state_indices", [5, 5], "got slot 5"),
+    ("ssd_chunk", "state_indices", [5, E], "entries = 7, got 7"),
+    ("ssd_chunk", "state_indices", [5, 2**62], "entries = 7"),
+    ("ssd_chunk", "state_indices", [5, 5], "got slot 5"),
+    ("ssd_chunk", "capture_positions", [0, B * L, 1, 2], "below batch . seqlen, got 10"),
+    ("ssd_chunk", "capture_positions", [0, 1, 1, 2**63 - 1], "got 9223372036854775807"),
     ("causal_conv1d", "state_indices", [E, 1], "entries = 7, got 7"),
     ("causal_conv1d", "state_indices", [1, 1], "got slot 1"),
     ("causal_conv1d_update", "state_indices", [0, E], "entries = 7, got 7"),
@@ -544,7 +562,7 @@ def test_a_pool_smaller_than_the_batch(rng):
     assert_refused(Call("state_update", **fields), "state: .*batch = 4.*got entries = 3")
 
 
-@pytest.mark.parametrize("operation", ("selective_scan", "state_update"))
+@pytest.mark.parametrize("operation", ("selective_scan", "ssd_chunk", "state_update"))
 @pytest.mark.parametrize("low, high", [(0.5, 0.1), (np.nan, 1.0), (0.0, np.nan)])
 def test_limits_of_dt_that_leave_nothing(sound_call, operation, low, high):
     assert_refused(sound_call(operation).set(dt_min=low, dt_max=high), "dt_min: .*got")
@@ -596,7 +614,7 @@ def test_counts_that_choose_nothing(sound_call):
     )
 
 
-@pytest.mark.parametrize("operation", ("state_update",))
+@pytest.mark.parametrize("operation", ("state_update", "mla_decode"))
 def test_reserved_fields(sound_call, operation):
     assert_refused(sound_call(operation).set(reserved=1), "reserved: must be 0, got 1")
 
@@ -612,11 +630,12 @@ def test_workspace_is_told_without_data(sound_call, operation):
     for tensor in call.tensors.values():
         tensor.c.data = ffi.NULL
     assert call.workspace() == with_data
-    status, message, size = call.set(x=None).workspace()
+    first = FIRST[operation]
+    status, message, size = call.set(**{first: None}).workspace()
     assert (
         status == "INVALID_ARGUMENT"
         and size == 2**64 - 1
-        and message.startswith(f"{operation}: x: is required")
+        and message.startswith(f"{operation}: {first}: is required")
     )
     assert getattr(lib, f"ssmk_{operation}_workspace")(call.args, ffi.NULL) == 1
     assert getattr(lib, f"ssmk_{operation}_workspace")(ffi.NULL, ffi.new("uint64_t *")) == 1
@@ -651,10 +670,6 @@ def test_python_raises_what_c_answers(rng):
         match=r"^state_update: B: shape must be \(batch, T, ngroups, dstate\) = \(.*4\), got",
     ):
         ssmk.state_update(**{**a, "B": a["B"][..., :3]})
-    with pytest.raises(NotImplementedError, match="^ssd_chunk: "):
-        ssmk.ssd_chunk(
-            *(normal(rng, s) for s in ((1, 2, 3, 4), (1, 2, 3), (3,), (1, 2, 1, 4), (1, 2, 1, 4)))
-        )
 
 
 def test_python_refuses_outputs_that_are_read_only(rng):
@@ -727,7 +742,7 @@ def test_every_tensor_of_the_struct_is_known_to_these_tests(operation):
     """A field that is added to the header wants its own refusals here."""
     known = {name for name, value in SOUND[operation].items() if isinstance(value, np.ndarray)}
     known |= (
-        {"cu_seqlens"} | set(MAMBA3) | {f"intermediate_{n}_states" for n in ("angle", "k", "v")}
+        {"cu_seqlens", "latent"} | set(MAMBA3) | {f"intermediate_{n}_states" for n in ("angle", "k", "v")}
     )
     if operation in BUILT:
         assert set(tensor_fields(operation)) <= known

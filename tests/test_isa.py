@@ -66,7 +66,10 @@ def test_operations_on_level(level):
         pytest.skip(f"this machine ({platform.machine()}) lacks {level}")
     files = [
         str(HERE / f"test_{name}.py")
-        for name in ("selective_scan", "state_update", "causal_conv1d", "numbers")
+        for name in (
+            "selective_scan", "ssd_chunk", "ssd_chunk_mamba3", "state_update", "state_update_mamba3",
+            "causal_conv1d", "mla_decode", "numbers",
+        )
     ]
     ran = python(
         level, "-m", "pytest", "-q", "-x", "-m", "core", "-p", "no:cacheprovider", "-p", "no:xdist",
@@ -84,8 +87,9 @@ calls = [
     lambda out: ssmk.state_update(f(1, 2, 4), f(1, 2), f(1, 2), f(2, 4), f(1, 4), f(1, 4), out=out),
     lambda out: ssmk.causal_conv1d(f(1, 2, 3), f(2, 4), out=out),
     lambda out: ssmk.causal_conv1d_update(f(1, 2), f(1, 2, 3), f(2, 4), out=out),
+    lambda out: ssmk.ssd_chunk(f(1, 2, 3, 4), f(1, 2, 3), f(3), *[f(1, 2, 1, 5)] * 2, out=out),
 ]
-for call, shape in zip(calls, [(1, 2, 3), (1, 2), (1, 2, 3), (1, 2)]):
+for call, shape in zip(calls, [(1, 2, 3), (1, 2), (1, 2, 3), (1, 2), (1, 2, 3, 4)]):
     out = f(*shape) * 7
     try:
         call(out)
@@ -105,8 +109,10 @@ def test_level_that_is_missing_is_not_replaced(level):
     ran = python(level, "-c", CALLS)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     messages = ran.stdout.splitlines()
-    assert len(messages) == 4
-    operations = ("selective_scan", "state_update", "causal_conv1d", "causal_conv1d_update")
+    assert len(messages) == 5
+    operations = (
+        "selective_scan", "state_update", "causal_conv1d", "causal_conv1d_update", "ssd_chunk",
+    )
     for operation, message in zip(operations, messages):
         assert message.startswith(f"{operation}: SSMK_ISA: must be one of ") and message.endswith(
             f"got {level}"

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import cases_conv
+import cases_mla
 import cases_scan
+import cases_ssd
 import cases_update
 import reference
-from cases import BF16, assert_close, normal
+from cases import BF16, F32, assert_close, assert_same_bits, normal
 
 ELEMENTS = 2**31 + 2**26
 RESIDENT_LIMIT = 1 << 30
@@ -96,6 +98,54 @@ def test_selective_scan(ops, rng, vast):
     assert_close(pool[slots], want_final, "final_states")
 
 
+def test_ssd_chunk(ops, rng, vast):
+    """All four pools in turn; captures go to rows of a vast tensor."""
+    p = cases_ssd.Ssd(4, 70, 4, 16, 16, has=cases_ssd.SISO)
+    for part, shape in p.state_shapes().items():
+        initial, final = f"initial_{part}states", f"final_{part}states"
+        pool = pool_of(vast, *shape)
+        a = cases_ssd.make(rng, cases_ssd.Ssd(4, 70, 4, 16, 16, has=cases_ssd.SISO, initial=(part,)))
+        slots = far_slots(pool, 4)
+        pool[slots] = a[initial].astype(BF16)
+        a[initial] = pool[slots].copy()
+        want = cases_ssd.wanted_results(a)
+        a.update({initial: pool, "state_indices": slots})
+        out, _ = ops.ssd_chunk(**a, **{final: pool})
+        assert_close(out, want["out"])
+        cases_ssd.assert_state(pool[slots], want[final], final)
+
+
+def test_ssd_chunk_captures(ops, rng, vast):
+    """Most positions are skipped; the last of them lie beyond 2^31 elements."""
+    a = cases_ssd.make(rng, cases_ssd.Ssd(2, 70, 2, 64, 64))
+    captured = pool_of(vast, 2, 64, 64)
+    assert captured.size > 2**31
+    positions = np.full(len(captured), -1, np.int32)
+    rows, tokens = far_slots(captured, 3), [5, 139, 64]
+    positions[rows] = tokens
+    want = cases_ssd.wanted_results({**a, "capture_positions": np.array(tokens)})
+    out, _ = ops.ssd_chunk(**a, capture_positions=positions, captured_states=captured)
+    assert_close(out, want["out"])
+    assert_close(captured[rows], want["captured_states"], "captured_states")
+
+
+def test_tokens_far_apart(ops, rng, vast):
+    """More than 2^31 elements lie between the rows of x and of out, 2^26 between the tokens."""
+    a = cases_ssd.make(rng, cases_ssd.Ssd(2, 9, 2, 4, 16, initial=False))
+    size = np.dtype(BF16).itemsize
+    strides = [size * n for n in (2**31 + 2**22, 2**22, 2**20, 1)]
+    far, out = (np.ndarray((2, 9, 2, 4), BF16, vast, 2**start * size, strides) for start in (0, 18))
+    far[...] = a["x"].astype(BF16)
+    want = cases_ssd.wanted_results({**a, "x": far})["out"]
+    assert_close(ops.ssd_chunk(**{**a, "x": far}, out=out), want)
+    strides = [size * n for n in (2**31 + 2**22, 2**22, 2**20, 1)]
+    for name in ("B", "C"):
+        far = np.ndarray((2, 9, 1, 16), BF16, vast, 0, strides)
+        far[...] = a[name].astype(BF16)
+        assert_close(ops.ssd_chunk(**{**a, name: far}),
+                     cases_ssd.wanted_results({**a, name: far})["out"])  # fmt: skip
+
+
 def test_rows_far_apart(ops, rng, vast):
     """More than 2^31 elements lie between the rows of x, and of out."""
     a = cases_scan.make(rng, cases_scan.Scan(2, 4, 30, 16))
@@ -135,6 +185,35 @@ def test_causal_conv1d_update(ops, rng, vast, ring):
     out = ops.causal_conv1d_update(a.pop("x"), pool, **a, state_indices=slots)
     assert_close(out, want)
     assert_close(pool[slots], want_state, "conv_state")
+
+
+@pytest.mark.parametrize("index_dtype", (np.int32, np.int64), ids=["int32", "int64"])
+@pytest.mark.parametrize("form", cases_mla.FORMS)
+def test_mla_decode(ops, rng, vast, form, index_dtype):
+    """Pages at both ends of the pool, to which tokens are added."""
+    p = cases_mla.Mla(
+        2, 2, latent=64, rope=0, group=32 if form == "codes" else 0, page_size=16, capacity=48,
+        append=True, dtype={"latent": BF16},
+    )
+    a, placed = cases_mla.make(rng, p)
+    small = {name: one.array for name, one in placed.items()}
+    name = "codes" if form == "codes" else "latent"
+    values = small[name]
+    pool = pool_of(vast.view(values.dtype), 16, values.shape[-1])
+    pages = far_slots(pool, len(values))
+    pool[pages] = values
+    cache = {name: pool}
+    for other in ("scales", "biases") if form == "codes" else ():
+        # Reserved as well; the pages in use are the same.
+        cache[other] = np.empty((len(pool), 16, 2), F32)
+        cache[other][pages] = small[other]
+    want = reference.mla_decode(**a, **small)
+    used = np.clip(a["page_table"], 0, len(values) - 1)
+    table = np.where(a["page_table"] == used, pages[used], -1).astype(index_dtype)
+    out = ops.mla_decode(**{**a, "page_table": table}, **cache)
+    assert_close(out, want.out)
+    for name in cache:
+        assert_same_bits(cache[name][pages], want.cache[name], name)
 
 
 def test_ring_whose_count_is_past_32_bits(ops, rng):

@@ -25,6 +25,17 @@ def column(values):
     return np.asarray(values, F32).reshape(1, -1, 1)
 
 
+def heads_of_one(ops, dt, A, start=None, x=0.0, B=0.0, **options):
+    """The state after one token of heads with one number each."""
+    n = dt.size
+    tokens = np.full((1, 1, n, 1), x, F32), dt.reshape(1, 1, n), np.broadcast_to(F32.type(A), n)
+    coefficient = np.full((1, 1, 1, 1), B, F32)
+    if start is not None:
+        options["initial_states"] = start.reshape(1, n, 1, 1)
+    results = ops.ssd_chunk(*tokens, coefficient, coefficient, return_final_states=True, **options)
+    return results[1]
+
+
 def one_token(ops, dt, A, start, **options):
     """The state exp(dt A) start, of a token that adds nothing, by prefill and by decode."""
     dt = column(dt)
@@ -39,6 +50,8 @@ def one_token(ops, dt, A, start, **options):
             state, zero[..., 0], dt[..., 0], A, zero[:, :1, 0], zero[:, :1, 0], **options
         )
         yield state
+        assert (A == 1).all()
+        yield heads_of_one(ops, dt, 1, start, **options)
 
 
 def test_exponential(ops):
@@ -92,6 +105,8 @@ def test_softplus(ops):
     state = np.zeros((1, dt.size, 1), F32)
     ops.state_update(state, x[..., 0], dt[None], -one, x[:, :1, 0], x[:, :1, 0], dt_softplus=True)
     np.testing.assert_allclose(state.reshape(-1), want, rtol=1e-6)
+    state = heads_of_one(ops, dt, -1, x=1, B=1, dt_softplus=True)
+    np.testing.assert_allclose(state.reshape(-1), want, rtol=1e-6)
 
 
 def test_softplus_out_of_range(ops):
@@ -101,6 +116,73 @@ def test_softplus_out_of_range(ops):
         x, column(dt), -one, one, one, dt_softplus=True, return_final_states=True
     )
     np.testing.assert_array_equal(state.reshape(-1), [0, 0, 0, F32.type(1e30), np.inf, np.nan])
+    state = heads_of_one(ops, dt, -1, x=1, B=1, dt_softplus=True)
+    np.testing.assert_array_equal(state.reshape(-1), [0, 0, 0, F32.type(1e30), np.inf, np.nan])
+
+
+def test_both_ends_of_the_trapezoid(ops):
+    """lambda from x = B = 1, and 1 - lambda from the token before: each keeps its small values."""
+    logit = np.concatenate([np.linspace(-85, 85, 20001), [0.0, 1e-20, -1e-20]]).astype(F32)
+    want = reference.sigmoid(logit.astype(np.float64))
+    other = reference.sigmoid(-logit.astype(np.float64))
+    one, trap = np.ones(logit.size, F32), logit.reshape(1, 1, -1)
+    state = heads_of_one(ops, one, 0, x=1, B=1, trap=trap)
+    assert_exponential(state, want, logit)
+    before = {
+        "initial_k_states": one.reshape(1, 1, -1, 1), "initial_v_states": one.reshape(1, -1, 1),
+    }
+    state = heads_of_one(ops, one, 0, trap=trap, **before)
+    assert_exponential(state, other, logit)
+    inside = np.linspace(0, 1, 1001).astype(F32)
+    options = dict(trap=inside.reshape(1, 1, -1), trap_sigmoid=True)
+    one = np.ones(inside.size, F32)
+    np.testing.assert_array_equal(heads_of_one(ops, one, 0, x=1, B=1, **options).ravel(), inside)
+
+
+def rotated(ops, angles, start, half, dt=1.0):
+    """The final angles, and the key (1, 0) turned by them, one pair a head."""
+    n = angles.size
+    zero = np.zeros((1, 1, n, 1), F32)
+    B = np.array([1, 0], F32).reshape(1, 1, 1, 2)
+    result = ops.ssd_chunk(
+        zero, np.full((1, 1, n), dt, F32), np.zeros(n, F32), B, B, trap=zero[..., 0],
+        angles=angles.reshape(1, 1, n, 1), initial_angle_states=start.reshape(1, n, 1),
+        rotary="half" if half else "interleaved", return_final_states=True,
+    )
+    return result[2].reshape(-1), result[3].reshape(-1, 2)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["interleaved", "half"])
+def test_angles(ops, half):
+    """pi tanh(angle), small ones to the last bits; negative ones a turn further."""
+    angles = np.concatenate(
+        [np.linspace(-12, 12, 20001), np.linspace(-0.7, 0.7, 4001), 10.0 ** np.arange(-30, 0), [0.0]]
+    ).astype(F32)
+    want = np.pi * np.tanh(angles.astype(np.float64))
+    got, key = rotated(ops, angles, np.zeros_like(angles), half)
+    positive = angles >= 0
+    np.testing.assert_allclose(got[positive], want[positive], rtol=4e-7)
+    error = got[~positive] - (want[~positive] + 2 * np.pi)
+    assert (np.abs(error - 2 * np.pi * np.round(error / (2 * np.pi))) < 1e-6).all()
+    assert (got >= 0).all() and (got <= F32.type(2 * np.pi)).all()
+    np.testing.assert_allclose(key, np.stack([np.cos(want), np.sin(want)], 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["interleaved", "half"])
+def test_sines_and_cosines(ops, half):
+    """Without a step the key is turned by the angle that is there; zeros of both stay exact."""
+    start = np.concatenate([np.linspace(0, 6.2831, 40001), np.arange(8) * np.pi / 4]).astype(F32)
+    got, key = rotated(ops, np.zeros_like(start), start, half)
+    np.testing.assert_array_equal(got, start)
+    wide = start.astype(np.float64)
+    np.testing.assert_allclose(key, np.stack([np.cos(wide), np.sin(wide)], 1), rtol=0, atol=2e-7)
+
+
+def test_angles_out_of_range(ops):
+    angles = np.array([np.inf, -np.inf, 1e30, -1e30, np.nan], F32)
+    got, key = rotated(ops, angles, np.zeros_like(angles), False)
+    np.testing.assert_allclose(got, [np.pi, np.pi, np.pi, np.pi, np.nan], rtol=1e-6)
+    assert np.isnan(key[4]).all() and np.isfinite(key[:4]).all()
 
 
 def gates():
@@ -113,6 +195,11 @@ def gated(ops, z):
     yield ops.selective_scan(x, x, -one, 0 * one, 0 * one, D=one[:, 0], z=column(z))
     state = np.zeros((1, z.size, 1), F32)
     zero = np.zeros((1, 1), F32)
+    heads, tokens = np.ones((1, 1, z.size, 1), F32), np.ones((1, 1, z.size), F32)
+    nothing = np.zeros((1, 1, 1, 1), F32)
+    yield ops.ssd_chunk(
+        heads, tokens, -one[:, 0], nothing, nothing, D=one[:, 0], z=z.reshape(heads.shape)
+    )
     yield ops.state_update(state, x[..., 0], x[..., 0], -one, zero, zero, D=one[:, 0], z=z[None])
     weight = np.concatenate([0 * one, one], 1)
     yield ops.causal_conv1d(column(z), weight, activation="silu")
@@ -182,6 +269,7 @@ def test_rounding_is_to_nearest_even(ops, rng, dtype):
     one = np.ones(start.shape[1:], F32)
     ops.selective_scan(none, none, -one, one, one, initial_states=start, final_states=final)
     assert_same_values(final.reshape(-1), want)
+    assert_same_values(through_prefill(ops, values, dtype), want)
     finite = np.isfinite(values)
     weight = np.tile(np.array([0, 1], F32), (finite.sum(), 1))
     for layout in ((1, -1, 1), (1, 1, -1)):
@@ -189,6 +277,16 @@ def test_rounding_is_to_nearest_even(ops, rng, dtype):
         out = np.zeros(x.shape, dtype)
         ops.causal_conv1d(x, weight[: x.shape[1]], out=out)
         assert_same_values(np.abs(out.reshape(-1)), np.abs(want[finite]))  # -0 + 0 is 0
+
+
+def through_prefill(ops, values, dtype):
+    """States that a call without tokens passes on, in another dtype."""
+    heads = values.reshape(1, -1, 1, 2)
+    n = heads.shape[1]
+    x, dt, B = np.zeros((1, 0, n, 1), F32), np.zeros((1, 0, n), F32), np.zeros((1, 0, 1, 2), F32)
+    final = np.zeros(heads.shape, dtype)
+    ops.ssd_chunk(x, dt, np.zeros(n, F32), B, B, initial_states=heads, final_states=final)
+    return final.reshape(-1)
 
 
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
@@ -199,3 +297,4 @@ def test_every_16_bit_value_is_read_exactly(ops, dtype):
     final = np.zeros(start.shape, F32)
     ops.selective_scan(none, none, -one, one, one, initial_states=start, final_states=final)
     assert_same_values(final.reshape(-1), values.astype(F32))
+    assert_same_values(through_prefill(ops, values, F32), values.astype(F32))

@@ -122,6 +122,13 @@ def operands(operation, rng):
             x=f(B, D, L), dt=f(B, D, L), A=-np.abs(f(D, N)), B=f(B, N, L), C=f(B, N, L), D=f(D),
             z=f(B, D, L), dt_bias=f(D), dt_softplus=True, return_final_states=True,
         )
+    if operation == "ssd_chunk":
+        x, token, ranked = f(B, L, D, 8), f(B, L, D), f(B, L, 2, 1, N)
+        return dict(
+            x=x, dt=token, A=-np.abs(f(D)), B=ranked, C=f(B, L, 2, 1, N), D=f(D), z=f(B, L, D, 8),
+            dt_bias=f(D), trap=f(B, L, D), angles=f(B, L, D, 2), B_bias=f(D, 2, N),
+            mimo_out=f(D, 2, 8), rotary="half", dt_softplus=True, return_final_states=True,
+        )
     if operation == "state_update":
         return dict(
             state=f(B, D, N), x=f(B, D), dt=f(B, D), A=-np.abs(f(D, N)), B=f(B, N), C=f(B, N),
@@ -150,7 +157,7 @@ def results(operation, arguments):
     return got
 
 
-CALLS = ("selective_scan", "state_update", "causal_conv1d", "causal_conv1d_update")
+CALLS = ("selective_scan", "ssd_chunk", "state_update", "causal_conv1d", "causal_conv1d_update")
 
 
 # A probe in the place of a C function
@@ -216,7 +223,7 @@ def probe():
         op = _op.Op(
             real, [(field, ctype, ffi.offsetof(struct, field)) for field, ctype in fields],
             {name: getattr(lib, name) for name in dir(lib) if name.startswith("SSMK_")},
-            real.__self__.results, fn=fn, workspace=workspace_fn, last_error=error_fn,
+            real.__self__.results, real.__self__.only_with, fn=fn, workspace=workspace_fn, last_error=error_fn,
             size=ffi.sizeof(struct), complete=ssmk_out.complete, allocate=allocate,
         )  # fmt: skip
         return op.function, seen
@@ -344,7 +351,7 @@ def test_results_come_in_the_kind_of_x(operation, kind, rng):
     given = converted(kind, arguments)
     want = results(operation, converted(Kind("numpy", kind.dtype), arguments))
     got = results(operation, given)
-    assert len(got) == len(want) == 2
+    assert len(got) == len(want) == (5 if operation == "ssd_chunk" else 2)
     for i, (tensor, array) in enumerate(zip(got, want)):
         assert_same_bits(kind.back(tensor), array, f"result {i}")
     assert kind.back(got[0]).dtype == kind.dtype
@@ -373,6 +380,75 @@ def test_final_states_are_written_and_returned_as_they_are(operation, mutable, r
     assert np.isfinite(mutable.back(states).astype(F32)).all()
     alone = getattr(ssmk, operation)(**arguments)
     assert_same_bits(mutable.back(alone), mutable.back(out))
+
+
+SSD_STATES = ("states", "angle_states", "k_states", "v_states")
+
+
+def test_all_states_of_prefill_are_written_and_returned_as_they_are(mutable, rng):
+    """Final and captured ones, in the order of the signature, whichever are given."""
+    arguments = operands("ssd_chunk", rng)
+    want = results("ssd_chunk", converted(mutable, arguments))
+    del arguments["return_final_states"]
+    arguments["capture_positions"] = np.array([L - 1, 2 * L - 1])  # the last tokens: final states
+    arguments = converted(mutable, arguments)
+    shapes = [np.shape(states) for states in want[1:]]
+    for names in (SSD_STATES, SSD_STATES[1::2], SSD_STATES[:1]):
+        rooms = {
+            f"{when}_{name}": mutable.make(np.full(shape, np.nan, F32))
+            for when in ("final", "captured")
+            for name, shape in zip(SSD_STATES, shapes)
+            if name in names
+        }
+        backwards = dict(reversed(rooms.items()))
+        out, *states = ssmk.ssd_chunk(**arguments, **backwards)
+        assert [id(tensor) for tensor in states] == [id(tensor) for tensor in rooms.values()]
+        for tensor, (name, room) in zip(states, rooms.items()):
+            array = mutable.back(want[1 + SSD_STATES.index(name.partition("_")[2])])
+            assert_same_bits(mutable.back(tensor), array.astype(mutable.back(tensor).dtype), name)
+        assert_same_bits(mutable.back(out), mutable.back(want[0]))
+
+
+def test_prefill_returns_the_states_of_the_parts_in_use(kind, rng):
+    """Allocated in the dtype of the initial state, float32 without one."""
+    arguments = operands("ssd_chunk", rng)
+    initial = normal(rng, (B, D, 8))
+    for missing, count in (((), 5), (("angles",), 4), (("trap",), 3), (("trap", "angles"), 2)):
+        given = {k: v for k, v in arguments.items() if k not in missing}
+        if "trap" in given:
+            given["initial_v_states"] = initial
+        got = results("ssd_chunk", converted(kind, given))
+        assert len(got) == count
+        dtypes = {str(kind.back(tensor).dtype) for tensor in got[1:2]}
+        assert dtypes == {"float32"}
+        if "trap" in given:
+            assert kind.back(got[-1]).dtype == kind.dtype
+    alone = ssmk.ssd_chunk(**converted(kind, {**given, "return_final_states": False}))
+    assert_same_bits(kind.back(alone), kind.back(got[0]))
+
+
+def test_jax_gets_all_states_of_prefill(jax, rng):
+    """Pools that are updated in place, and captures: all come back as new arrays."""
+    arguments = operands("ssd_chunk", rng)
+    shapes = [states.shape for states in results("ssd_chunk", arguments)[1:]]
+    del arguments["return_final_states"]
+    arguments["state_indices"] = np.array([3, 0], I32)
+    arguments["capture_positions"] = np.array([2, 7], I32)
+    pools = {name: normal(rng, (4, *shape[1:])) for name, shape in zip(SSD_STATES, shapes)}
+    captured = {f"captured_{name}": normal(rng, shape) for name, shape in zip(SSD_STATES, shapes)}
+    both = {f"{when}_{name}": pool for when in ("initial", "final") for name, pool in pools.items()}
+    kind = Kind("jax").load()
+    given, old = converted(kind, {**arguments, **captured}), converted(kind, pools)
+    got = ssmk.ssd_chunk(
+        **given, **{f"{when}_{name}": old[name] for when in ("initial", "final") for name in old}
+    )
+    want = ssmk.ssd_chunk(**arguments, **captured, **both)
+    assert len(got) == len(want) == 9
+    for i, (tensor, array) in enumerate(zip(got, want)):
+        assert isinstance(tensor, jax.Array)
+        assert_same_bits(np.asarray(tensor), array, f"result {i}")
+    for name in pools:
+        assert (np.asarray(old[name]) != pools[name]).any(), f"{name} was changed"
 
 
 @pytest.mark.parametrize("operation", POOLS)
@@ -460,12 +536,12 @@ def test_kinds_may_be_mixed(torch, jax, rng):
 )
 def test_empty_shapes_work(operation, axis, kind, rng):
     arguments = operands(operation, rng)
-    per_batch = {"x", "dt", "z", "B", "C"}
+    per_batch = {"x", "dt", "z", "B", "C", "trap", "angles"}
     for name, value in arguments.items():
         if isinstance(value, np.ndarray) and axis == "batch":
             arguments[name] = value[:0] if name in per_batch and value.ndim > 1 else value
         elif isinstance(value, np.ndarray) and name in per_batch:
-            arguments[name] = value[..., :0]
+            arguments[name] = value[:, :0] if operation == "ssd_chunk" else value[..., :0]
     got = results(operation, converted(kind, arguments))
     assert kind.back(got[0]).shape == arguments["x"].shape
     if operation not in POOLS and axis == "seqlen":
@@ -761,7 +837,7 @@ def test_a_declaration_that_does_not_fit_the_struct_is_refused():
     fields = [(field, ctype, 0) for field, ctype in OPS["state_update"][1]]
     with pytest.raises(ValueError, match="does not fit"):
         _op.Op(
-            state_update, fields, {}, ("out",), fn=0, workspace=0, last_error=0, size=8,
+            state_update, fields, {}, ("out",), {}, fn=0, workspace=0, last_error=0, size=8,
             complete=None, allocate=None,
         )  # fmt: skip
 
@@ -866,8 +942,8 @@ def test_the_library_s_words_reach_python(rng):
         ssmk.state_update(**{**a, "B": a["B"][:, :3]})
     with pytest.raises(ValueError, match="^state_update: x: .*float64"):
         ssmk.state_update(**{**a, "x": a["x"].astype(np.float64)})
-    with pytest.raises(NotImplementedError, match="^mla_decode: "):
-        ssmk.mla_decode(normal(rng, (1, 2, 32)), np.array([1]), latent=normal(rng, (1, 4, 32)))
+    with pytest.raises(ValueError, match="^mla_decode: seqlens: .*capacity, got 5"):
+        ssmk.mla_decode(normal(rng, (1, 2, 32)), np.array([5]), latent=normal(rng, (1, 4, 32)))
 
 
 # Workspace

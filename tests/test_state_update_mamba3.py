@@ -440,6 +440,31 @@ def test_reading_one_slot_and_writing_another_gives_the_bits_of_in_place(ops, rn
             assert_same_bits(moved[name][[5, 3, 4]], after[name][:3], name)
 
 
+def test_offsets_of_int32_indices_do_not_overflow(ops, rng):
+    """slot * stride passes 2^31 in every pool although both are int32."""
+    stride = 2**28
+    try:
+        memory = np.empty(9 * stride, BF16)
+    except MemoryError:
+        pytest.skip("this system does not reserve memory that it may not have")
+    p = full(2, T=2, rank=2, dtype=dict.fromkeys(STATES, BF16))
+    a, start = 0, copies(pools(rng, p, {}))
+    states = {}
+    for name, array in start.items():
+        inner = array.strides[1:]
+        states[name] = np.lib.stride_tricks.as_strided(
+            memory[a:], (9, *array.shape[1:]), (stride * 2, *inner)
+        )
+        states[name][[8, 0]] = array
+        a += array[0].size
+    args = make(rng, p)
+    want, after = run(ops, args, start)
+    out = ops.state_update(**states, **args, state_indices=np.array([8, 0], np.int32))
+    assert_same_bits(out, want)
+    for name in STATES:
+        assert_same_bits(states[name][[8, 0]], after[name], name)
+
+
 # Tokens
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import cases_conv
+import cases_mla
 import cases_scan
+import cases_ssd
 import cases_update
 import ssmk
 from cases import assert_same_bits
@@ -21,15 +23,19 @@ def results(rng_seed):
     """The results of one call of each operation, large enough for several threads."""
     rng = np.random.default_rng(rng_seed)
     scan = cases_scan.make(rng, cases_scan.Scan(2, 64, 200, 16))
+    ssd = cases_ssd.make(rng, cases_ssd.Ssd(2, 200, 8, 32, 32, has=cases_ssd.SISO))
     conv = cases_conv.make(rng, cases_conv.Conv(2, 64, 2000))
     p = cases_update.Update(16, None, True, 8, 64, 64)
     update, state = cases_update.make(rng, p), cases_update.pools(rng, p, {})["state"].array
     one, placed = cases_conv.make_update(rng, cases_conv.ConvUpdate(64, 2, 512))
+    mla, cache = cases_mla.make(rng, cases_mla.Mla(2, 2, 16, 128, capacity=900, append=True))
     return [
         *ssmk.selective_scan(**scan, return_final_states=True),
+        *ssmk.ssd_chunk(**ssd, return_final_states=True),
         *ssmk.causal_conv1d(**conv, return_final_states=True),
         *cases_update.run(ssmk, update, state),
         *cases_conv.run_update(ssmk, one, placed.array),
+        *cases_mla.run(ssmk, mla, cases_mla.arrays_of(cache))[:2],
     ]
 
 

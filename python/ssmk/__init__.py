@@ -89,8 +89,10 @@ _DEVICES = {"cpu": 1, "cuda": 2, "metal": 8}  # as DLPack numbers them
 __version__ = "{}.{}.{}".format(*_lib.ssmk_version().to_bytes(4, "big")[1:])
 
 
-def _operation(*results):
+def _operation(*results, only_with={}):
     """A declaration becomes the C function of its name; what it returns is its results.
+
+    only_with: {a tensor that is written only where another argument is given: that argument}.
 
     The declaration holds signature and docstring; _op.pyx says how its parameters are passed on.
     """
@@ -102,7 +104,7 @@ def _operation(*results):
         struct, fields = _OPS[name]
         return _Op(
             declaration, [(field, ctype, _ffi.offsetof(struct, field)) for field, ctype in fields],
-            _CONSTANTS, results, fn=address(f"ssmk_{name}"),
+            _CONSTANTS, results, only_with, fn=address(f"ssmk_{name}"),
             workspace=address(f"ssmk_{name}_workspace"), last_error=address("ssmk_last_error"),
             size=_ffi.sizeof(struct), complete=_out.complete, allocate=_out.allocate).function
     return bind
@@ -262,7 +264,8 @@ def state_update(
         nheads, nangles) or (batch, [T,] nangles).  B_bias, C_bias, mimo_x, mimo_z, mimo_out,
         norm_weight, norm_eps and rotary as in ssd_chunk.  In place: angle_state (entries, nheads,
         nangles) with angles; k_state (entries, rank, nheads, dstate) and v_state (entries, nheads,
-        headdim) with trap.
+        headdim) with trap.  With angles dt and dt_bias are one value a head; angles are stored in
+        [0, 2 pi).
 
     Slots (all optional)
         state_indices      index (batch,): the slot that each row reads; None = the row number.
@@ -278,7 +281,8 @@ def state_update(
                            0. With 0 the state passes through.
         intermediate_states   (rows, T, ...) of any float dtype: the state after token t of row b
                            goes to [intermediate_indices[b], t]; likewise intermediate_angle_states,
-                           intermediate_k_states and intermediate_v_states.  In place (see next).
+                           intermediate_k_states and intermediate_v_states, which come with it where
+                           their parts do.  In place (see next).
         intermediate_indices  index (batch,); None = the row number; a pad: none are kept.
         num_accepted_tokens   index (batch,).  With 2-D state_indices: see there.  Otherwise with
                            intermediate_states: row b starts from its intermediate state number
@@ -356,7 +360,8 @@ def causal_conv1d_update(
     """
 
 
-@_operation("out", "lse")
+@_operation("out", "lse", only_with=dict.fromkeys(
+    ("latent", "codes", "scales", "biases", "k_rope"), "new_latent"))
 def mla_decode(
         q_nope, seqlens, *, q_rope=None, latent=None, codes=None, scales=None, biases=None,
         k_rope=None, page_table=None, new_latent=None, new_rope=None, softmax_scale=None, lse=None,

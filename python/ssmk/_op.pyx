@@ -360,15 +360,15 @@ cdef int _meet(Op op, int i, PyObject *o, Frame *f) except -1:
         f.type, f.borrower = t, <PyObject *>known  # _borrowers keeps both
     return 0
 
-cdef object _borrow(Op op, int i, PyObject *o, PyObject *stream, Frame *f, DLTensor **out):
-    """Point `out` at tensor argument i.
+cdef object _borrow(Op op, int i, PyObject *o, bint write, PyObject *stream, Frame *f,
+                    DLTensor **out):
+    """Point `out` at tensor argument i, which the call writes or only reads.
 
     Returns what must be kept until the call is over: None, or a capsule, which is never renamed,
     so that its destructor frees the export.  _IMMUTABLE: a JAX array would be written.
     """
     _meet(op, i, o, f)
     cdef Slot *slot = &f.slots[i]
-    cdef bint write = op.kind[i] == kOutput
     cdef Borrower b = <Borrower>f.borrower
     out[0] = &slot.tensor
     if b.how == kNumpy:
@@ -401,6 +401,7 @@ cdef class Op:
     cdef readonly str name
     cdef readonly tuple parameters  # their names
     cdef readonly tuple outputs     # those that are tensors to be written, in the struct's order
+    cdef readonly dict only_with    # {one of these that is written only with another argument: it}
     cdef readonly tuple results     # those that a call returns: `out`, and others where given
     cdef readonly str first         # the first tensor of the struct, which sets kind and device
     cdef object complete, allocate
@@ -413,6 +414,7 @@ cdef class Op:
     cdef uint8_t kind[MAX_FIELDS]
     cdef uint16_t offset[MAX_FIELDS]
     cdef uint64_t bit[MAX_FIELDS]
+    cdef int with_argument[MAX_FIELDS]  # of only_with, as numbers; -1: written in any case
     cdef bint returned[MAX_FIELDS]
     cdef PyObject *default[MAX_FIELDS]
     cdef dict index                 # name -> number of a parameter
@@ -421,13 +423,15 @@ cdef class Op:
     cdef PyMethodDef method
 
     # fields: (name, C type, offset) of each member of the struct; constants: those of the header
-    def __init__(self, declaration, fields, constants, tuple results, *, uintptr_t fn,
-                 uintptr_t workspace, uintptr_t last_error, uint64_t size, complete, allocate):
+    def __init__(self, declaration, fields, constants, tuple results, dict only_with, *,
+                 uintptr_t fn, uintptr_t workspace, uintptr_t last_error, uint64_t size, complete,
+                 allocate):
         signature = inspect.signature(declaration)
         names = tuple(signature.parameters)
         ctype = {field: ctype for field, ctype, _ in fields}
         at = {field: offset for field, _, offset in fields}
         self.name, self.parameters, self.results = declaration.__name__, names, results
+        self.only_with = only_with
         self.complete, self.allocate, self.size = complete, allocate, size
         self.fn, self.workspace = <op_fn>fn, <workspace_fn>workspace
         self.last_error = <error_fn>last_error
@@ -463,6 +467,7 @@ cdef class Op:
             else:
                 self.kind[i], self.offset[i] = _KINDS[ctype[name]], at[name]
             self.returned[i] = name in results and name != "out"
+            self.with_argument[i] = names.index(only_with[name]) if name in only_with else -1
             self.positional += parameter.kind != parameter.KEYWORD_ONLY
             if parameter.default is parameter.empty:
                 self.required = i + 1
@@ -607,7 +612,7 @@ cdef int _call_with_workspace(Op op, Frame *f, PyObject **args) except -1:
     else:
         align = 256
         array = op.allocate(<object>args[<int>op.index[op.first]], nbytes + align)
-        kept = _borrow(op, op.n, <PyObject *>array, args[op.stream], f, &t)
+        kept = _borrow(op, op.n, <PyObject *>array, True, args[op.stream], f, &t)
         start = <uintptr_t>t.data + t.byte_offset
     (<uintptr_t *>(words + op.at_workspace))[0] = (start + align - 1) & ~(align - 1)
     (<uint64_t *>(words + op.at_workspace_bytes))[0] = nbytes
@@ -622,7 +627,7 @@ cdef object _call(Op op, PyObject **given, Py_ssize_t ngiven, PyObject *keywords
     cdef char *words = <char *>f.words
     cdef list held = None  # made when it is needed
     cdef int i, rc, n = op.n, returned = 1
-    cdef bint whole = True  # every output has memory
+    cdef bint write, whole = True  # every output has memory
     _arguments(op, given, ngiven, keywords, args)
 
     # Fill the struct
@@ -639,7 +644,10 @@ cdef object _call(Op op, PyObject **given, Py_ssize_t ngiven, PyObject *keywords
         elif not whole:
             _meet(op, i, args[i], &f)
         else:
-            kept = _borrow(op, i, args[i], args[op.stream], &f, <DLTensor **>(words + op.offset[i]))
+            write = op.kind[i] == kOutput and (
+                op.with_argument[i] < 0 or args[op.with_argument[i]] != Py_None)
+            kept = _borrow(op, i, args[i], write, args[op.stream], &f,
+                           <DLTensor **>(words + op.offset[i]))
             returned += op.returned[i]
             if kept is _IMMUTABLE:
                 whole = False

@@ -191,6 +191,8 @@ def complete(op, arguments):
             if shape_dtype:
                 like[name] = args.given(op.first)
                 args[name] = empty(like[name], *shape_dtype)
+        elif args[op.only_with.get(name, name)] is None:
+            continue  # a cache that this call only reads
         elif _framework(args[name]) == "jax":
             if name == "out":
                 raise TypeError(f"{op.name}: out: is a JAX array, which is immutable; "

@@ -182,4 +182,26 @@ struct CausalConv1dUpdateProblem {
 
 constexpr int64_t kMaxConvWidth = 8;
 
+// The cache's first axis is the row, or with pages the page; `position` runs inside it.
+struct MlaDecodeProblem {
+  int64_t batch = 0, ntokens = 1, nheads = 0, latent = 0, rope = 0;
+  int64_t group = 0;       // channels of one scale; 0: the cache holds floats
+  int64_t capacity = 0;    // positions that a row can have
+  int64_t page_size = 0;   // a power of two, or 0: dense
+  View<4> q_nope, out;     // (batch, T, nheads, latent)
+  View<4> q_rope;          // (batch, T, nheads, rope)
+  View<3> values;          // (rows or pages, position, latent): a cache of floats
+  View<3> codes;           // (rows or pages, position, latent / 8)
+  View<3> scales, biases;  // (rows or pages, position, latent / group)
+  View<3> k_rope;          // (rows or pages, position, rope)
+  View<2> page_table;      // (batch, max_pages)
+  View<1> seqlens;         // (batch)
+  View<3> new_latent;      // (batch, T, latent): given, the cache is written
+  View<3> new_rope;        // (batch, T, rope)
+  View<3> lse;             // (batch, T, nheads)
+  float softmax_scale = 0;
+  bool batch_invariant = false;
+  Workspace workspace;
+};
+
 }  // namespace ssmk

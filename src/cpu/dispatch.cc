@@ -97,7 +97,8 @@ uint64_t selective_scan_workspace(const SelectiveScanProblem &p) {
   return uint64_t(channels) * uint64_t(p.dstate) * (p.complex ? 8 : 4);
 }
 
-// Arrays of Mamba3Update (state_update_mamba3.h), each padded to whole vectors of the widest level.
+// Arrays of Mamba3Token (state_update_mamba3_token.h), each padded to whole vectors of the widest
+// level.
 int64_t mamba3_update_floats(const StateUpdateProblem &p) {
   const int64_t rank = p.mamba3.rank, n = round_up(p.dstate, 16), rows = round_up(p.headdim, 16);
   return rank * (6 * n + 3 * rows + 256) + 3 * n + 9 * rows + 5 * round_up(p.mamba3.nangles, 16) +

@@ -15,6 +15,7 @@ struct Kernels {
   void (*state_update)(const StateUpdateProblem &);
   void (*causal_conv1d)(const CausalConv1dProblem &);
   void (*causal_conv1d_update)(const CausalConv1dUpdateProblem &);
+  void (*mla_decode)(const MlaDecodeProblem &);
 };
 
 // The level picked for this process (see ssmk_cpu_isa), or nullptr if SSMK_ISA names one that
@@ -32,6 +33,7 @@ constexpr int64_t kMaxStackState = 1024;
 // level.
 uint64_t selective_scan_workspace(const SelectiveScanProblem &);
 uint64_t state_update_workspace(const StateUpdateProblem &);
+uint64_t mla_decode_workspace(const MlaDecodeProblem &);
 
 // A part for each thread that may work on it: num_threads() counts.
 uint64_t ssd_chunk_workspace(const SsdChunkProblem &);

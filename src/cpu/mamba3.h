@@ -29,11 +29,11 @@ SSMK_INLINE vf sum_error(vf a, vf b, vf sum) {
   return (a - (sum - part)) + (b - part);
 }
 
-// The nearest integer.  From 2^22 on, where adding the magic number no longer rounds to one, x
-// itself.
+// The nearest integer; from 2^23 on every float is one.
 SSMK_INLINE vf nearest(vf x) {
-  const vf magic = splat(12582912.f), rounded = (x + magic) - magic;
-  return select(bitcast<vi>((x < splat(0x1p22f)) & (x > splat(-0x1p22f))), rounded, x);
+  const vf magic = bitcast<vf>((bitcast<vu>(x) & 0x80000000u) | bitcast<vu>(splat(0x1p23f)));
+  const vf rounded = (x + magic) - magic;
+  return select(bitcast<vi>((x < splat(0x1p23f)) & (x > splat(-0x1p23f))), rounded, x);
 }
 
 constexpr float kTwoPi = 0x1.921fb6p+2f, kTwoPiLow = -0x1.777a5cp-23f;  // their sum is 2 pi

@@ -227,12 +227,16 @@ SSMK_INLINE void store_pairs(bf16 *p, vf even, vf odd) {
   std::memcpy(p, &both, sizeof both);
 }
 
-// Brings the line at p into the second-level cache: rows at a large power of two from each other
-// would drive each other out of the first.  GCC takes a function that only prefetches for one
-// without effects and drops its calls; the empty asm is an effect.
-SSMK_INLINE void fetch(const char *p) {
-  __builtin_prefetch(p, 0, 2);
-  asm volatile("" ::"r"(p));
+// Brings the lines of some bytes into the second-level cache: rows at a large power of two from
+// each other would drive each other out of the first.  GCC takes a function that only prefetches
+// for one without effects and drops its calls; the empty asm is an effect.
+SSMK_INLINE void fetch(const void *from, int64_t bytes) {
+  const char *const p = static_cast<const char *>(from);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(p + i, 0, 2);
+    asm volatile("" ::"r"(p + i));
+  }
+  if (bytes > 0) __builtin_prefetch(p + bytes - 1, 0, 2);  // they may begin inside of a line
 }
 
 // A store that does not read the line first: for outputs larger than the caches.  p is

@@ -21,6 +21,7 @@ struct StateAccess {
 
   void clear(HeadScratch &s) const {
     s.h_is_zero = s.before_is_zero = true;
+    s.turned = false;
     const size_t angles = size_t(plan.nangles) * sizeof(float);
     if (angles) {
       std::memset(s.theta, 0, angles);
@@ -65,7 +66,7 @@ struct StateAccess {
                  plan.headdim, p.dstate, p.headdim);
     }
     if (to.angle.given()) {
-      for (int64_t i = 0; i < p.mamba3.nangles; i += kLanes) {
+      for (int64_t i = 0; s.turned && i < p.mamba3.nangles; i += kLanes) {
         const Angle a = wrapped({load(s.theta + i), load(s.theta_low + i)});
         store(s.theta + i, a.high);
         store(s.theta_low + i, a.low);
@@ -94,7 +95,7 @@ struct Task {
   HeadScratch head_scratch(int64_t i) const {
     float *const f = scratch + plan.at.heads + i * plan.head_floats;
     const auto &at = plan.head_at;
-    return {f + at.h, f + at.theta, f + at.theta_low, f + at.k, f + at.v, true, true};
+    return {f + at.h, f + at.theta, f + at.theta_low, f + at.k, f + at.v, true, true, false};
   }
 
   void zero_output(int64_t begin, int64_t end) const {

@@ -32,6 +32,7 @@ struct HeadScratch {
   float *h, *theta, *theta_low, *k, *v;
   bool h_is_zero;       // nothing was written to h yet
   bool before_is_zero;  // nor to k and v
+  bool turned;          // theta has seen a token; before, it is as the caller gave it
 };
 
 // Tokens of one head.
@@ -164,6 +165,7 @@ struct SsdHead {
     }
     for (int64_t j = 0; j < n; j += kLanes) {
       Angle a = {load(state.theta + j), load(state.theta_low + j)};
+      if (!state.turned) a = wrapped(a);
       for (int64_t i = 0; i < tokens; ++i) {
         a = turned(a, load(turn + i * ld + j) * at(plan.at.dt)[i]);
         store(sine + i * ld + j, a.high);
@@ -172,6 +174,7 @@ struct SsdHead {
       store(state.theta + j, a.high);
       store(state.theta_low + j, a.low);
     }
+    state.turned = true;
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t j = i * ld; j < i * ld + n; j += kLanes) {
         vf s, c;
@@ -263,10 +266,7 @@ struct SsdHead {
   // rank rows that the product is at.
   template <int kRank>
   void prefetch(const View<kRank> &v, int axis, const char *first) const {
-    if (v.stride[axis] != 1) return;
-    const int64_t bytes = p.headdim * size_of(v.dtype);
-    for (int64_t b = 0; b < bytes; b += 64) fetch(first + b);
-    if (bytes > 0) fetch(first + bytes - 1);  // rows need not begin at a line's boundary
+    if (v.stride[axis] == 1) fetch(first, p.headdim * size_of(v.dtype));
   }
 
   // Called with the rows of the product with Ht: of the same share of tokens, what this head still

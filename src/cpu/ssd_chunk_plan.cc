@@ -10,8 +10,9 @@ namespace ssmk::cpu {
 namespace {
 
 // Rows of a chunk.  The products with the state cost the same for any number; those within the
-// chunk grow with it, the traffic of the state shrinks.
-constexpr int64_t kRows = 64;
+// chunk grow with it, the traffic of the state shrinks.  A multiple of the rows of a product's
+// tile.
+constexpr int64_t kRows = 48;
 
 int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Decode of Mamba-1 and 2 (Mamba-3: state_update_mamba3.h), T >= 1 tokens:
+// Decode of Mamba-1 and 2 (Mamba-3: state_update_mamba3.cc), T >= 1 tokens:
 //   h[p,n] = exp(dt' A) h[p,n] + dt' x[p] B[n],   y[p] = sum_n h[p,n] C[n] + D x[p],   out = y
 //   silu(z)
 //
@@ -16,7 +16,6 @@
 #include "cpu/kernels.h"
 #include "cpu/lambda.h"
 #include "cpu/rows.h"
-#include "cpu/state_update_mamba3.h"
 #include "cpu/state_update_slots.h"
 
 namespace ssmk::cpu::SSMK_ISA {

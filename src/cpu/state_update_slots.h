@@ -7,6 +7,9 @@
 
 namespace ssmk::cpu::SSMK_ISA {
 
+// The kernel of calls with parts of Mamba-3.
+void state_update_mamba3(const StateUpdateProblem &);
+
 // Rows (p) by states (n) of one head somewhere in memory.
 struct States {
   char *data = nullptr;

@@ -12,9 +12,10 @@ void ssd_chunk(const SsdChunkProblem &);
 void state_update(const StateUpdateProblem &);
 void causal_conv1d(const CausalConv1dProblem &);
 void causal_conv1d_update(const CausalConv1dUpdateProblem &);
+void mla_decode(const MlaDecodeProblem &);
 
 extern const Kernels table;
-const Kernels table = {SSMK_ISA_NAME, selective_scan, ssd_chunk, state_update, causal_conv1d,
-                       causal_conv1d_update};
+const Kernels table = {SSMK_ISA_NAME, selective_scan,       ssd_chunk, state_update,
+                       causal_conv1d, causal_conv1d_update, mla_decode};
 
 }  // namespace ssmk::cpu::SSMK_ISA

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <ssmk.h>
@@ -232,6 +233,153 @@ static void convolutions(void) {
           BATCH * DIM * STATE_LEN);
 }
 
+/* Mamba-2 in one chunk and more, with a state captured on the way; the scratch is the caller's. */
+static void ssd_chunk(void) {
+  enum { BATCH = 2, SEQLEN = 150, NHEADS = 4, HEADDIM = 3, NGROUPS = 2, DSTATE = 5, AT = 70 };
+  static float x[BATCH][SEQLEN][NHEADS][HEADDIM], dt[BATCH][SEQLEN][NHEADS], A[NHEADS], D[NHEADS];
+  static float B[BATCH][SEQLEN][NGROUPS][DSTATE], C[BATCH][SEQLEN][NGROUPS][DSTATE];
+  static float states[BATCH][NHEADS][HEADDIM][DSTATE], captured[1][NHEADS][HEADDIM][DSTATE];
+  static float out[BATCH][SEQLEN][NHEADS][HEADDIM];
+  static double want[BATCH][SEQLEN][NHEADS][HEADDIM], h[BATCH][NHEADS][HEADDIM][DSTATE];
+  static double want_captured[NHEADS][HEADDIM][DSTATE];
+  int64_t position[1] = {SEQLEN + AT};
+  fill(&x[0][0][0][0], BATCH * SEQLEN * NHEADS * HEADDIM);
+  fill(&dt[0][0][0], BATCH * SEQLEN * NHEADS);
+  fill(&B[0][0][0][0], BATCH * SEQLEN * NGROUPS * DSTATE);
+  fill(&C[0][0][0][0], BATCH * SEQLEN * NGROUPS * DSTATE);
+  fill(D, NHEADS);
+  fill(&states[0][0][0][0], BATCH * NHEADS * HEADDIM * DSTATE);
+  for (int i = 0; i < NHEADS; ++i) A[i] = -0.3f * (float)(i + 1);
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int k = 0; k < NHEADS; ++k)
+      for (int p = 0; p < HEADDIM; ++p) {
+        const int g = k / (NHEADS / NGROUPS);
+        for (int n = 0; n < DSTATE; ++n) h[b][k][p][n] = states[b][k][p][n];
+        for (int t = 0; t < SEQLEN; ++t) {
+          const double step = softplus(dt[b][t][k]);
+          double y = D[k] * x[b][t][k][p];
+          for (int n = 0; n < DSTATE; ++n) {
+            h[b][k][p][n] = exp(step * A[k]) * h[b][k][p][n] + step * x[b][t][k][p] * B[b][t][g][n];
+            y += h[b][k][p][n] * C[b][t][g][n];
+            if (b == 1 && t == AT) want_captured[k][p][n] = h[b][k][p][n];
+          }
+          want[b][t][k][p] = y;
+        }
+      }
+
+  Tensor tx, tdt, tA, tB, tC, tD, tstates, tout, tposition, tcaptured;
+  DLTensor *const in_place = FLOATS(&tstates, states, 4, BATCH, NHEADS, HEADDIM, DSTATE);
+  ssmk_ssd_chunk_args args = {
+      .size = sizeof args,
+      .x = FLOATS(&tx, x, 4, BATCH, SEQLEN, NHEADS, HEADDIM),
+      .dt = FLOATS(&tdt, dt, 3, BATCH, SEQLEN, NHEADS),
+      .A = FLOATS(&tA, A, 1, NHEADS),
+      .B = FLOATS(&tB, B, 4, BATCH, SEQLEN, NGROUPS, DSTATE),
+      .C = FLOATS(&tC, C, 4, BATCH, SEQLEN, NGROUPS, DSTATE),
+      .D = FLOATS(&tD, D, 1, NHEADS),
+      .initial_states = in_place,
+      .final_states = in_place,
+      .capture_positions = INDICES(&tposition, position, 1, 1),
+      .captured_states = FLOATS(&tcaptured, captured, 4, 1, NHEADS, HEADDIM, DSTATE),
+      .out = FLOATS(&tout, out, 4, BATCH, SEQLEN, NHEADS, HEADDIM),
+      .dt_softplus = 1,
+  };
+  uint64_t bytes = 0;
+  if (!succeeded("ssd_chunk", ssmk_ssd_chunk_workspace(&args, &bytes))) return;
+  char *const memory = malloc(bytes + 64);
+  if (!memory) return;
+  args.workspace = memory + (64 - (uintptr_t)memory % 64) % 64;
+  args.workspace_bytes = bytes;
+  if (succeeded("ssd_chunk", ssmk_ssd_chunk(&args))) {
+    compare("ssd_chunk: out", &out[0][0][0][0], &want[0][0][0][0],
+            BATCH * SEQLEN * NHEADS * HEADDIM);
+    compare("ssd_chunk: final_states", &states[0][0][0][0], &h[0][0][0][0],
+            BATCH * NHEADS * HEADDIM * DSTATE);
+    compare("ssd_chunk: captured_states", &captured[0][0][0][0], &want_captured[0][0][0],
+            NHEADS * HEADDIM * DSTATE);
+  }
+  free(memory);
+}
+
+/* A dense cache of 4-bit codes, to which the call adds each row's newest token. */
+static void mla_decode(void) {
+  enum { HEADS = 3, LATENT = 64, GROUP = 32, ROPE = 6, CAPACITY = 11 };
+  static float q[BATCH][HEADS][LATENT], q_rope[BATCH][HEADS][ROPE], out[BATCH][HEADS][LATENT];
+  static uint32_t codes[BATCH][CAPACITY][LATENT / 8];
+  static float scales[BATCH][CAPACITY][LATENT / GROUP], biases[BATCH][CAPACITY][LATENT / GROUP];
+  static float rope[BATCH][CAPACITY][ROPE], newest[BATCH][LATENT], new_rope[BATCH][ROPE];
+  static float lse[BATCH][HEADS], scratch[1 << 16];
+  static double want[BATCH][HEADS][LATENT], want_lse[BATCH][HEADS];
+  int64_t seqlens[BATCH] = {CAPACITY, 4};
+  fill(&q[0][0][0], BATCH * HEADS * LATENT);
+  fill(&q_rope[0][0][0], BATCH * HEADS * ROPE);
+  fill(&scales[0][0][0], BATCH * CAPACITY * LATENT / GROUP);
+  fill(&biases[0][0][0], BATCH * CAPACITY * LATENT / GROUP);
+  fill(&rope[0][0][0], BATCH * CAPACITY * ROPE);
+  fill(&new_rope[0][0], BATCH * ROPE);
+  for (int i = 0; i < BATCH * CAPACITY * LATENT / 8; ++i)
+    (&codes[0][0][0])[i] = (seed = seed * 1664525u + 1013904223u);
+  /* From -7 / 2 to 8 / 2 in every group: scale -1/2, bias 4, and the values are exact. */
+  for (int b = 0; b < BATCH; ++b)
+    for (int c = 0; c < LATENT; ++c) newest[b][c] = (float)(c % 16 - 7) / 2;
+
+  Tensor tq, tqr, tcodes, tscales, tbiases, trope, tnew, tnewr, tlens, tout, tlse;
+  ssmk_mla_decode_args args = {
+      .size = sizeof args,
+      .q_nope = FLOATS(&tq, q, 3, BATCH, HEADS, LATENT),
+      .q_rope = FLOATS(&tqr, q_rope, 3, BATCH, HEADS, ROPE),
+      .codes = tensor(&tcodes, codes, kDLUInt, 32, 3, SIZES(BATCH, CAPACITY, LATENT / 8)),
+      .scales = FLOATS(&tscales, scales, 3, BATCH, CAPACITY, LATENT / GROUP),
+      .biases = FLOATS(&tbiases, biases, 3, BATCH, CAPACITY, LATENT / GROUP),
+      .k_rope = FLOATS(&trope, rope, 3, BATCH, CAPACITY, ROPE),
+      .new_latent = FLOATS(&tnew, newest, 2, BATCH, LATENT),
+      .new_rope = FLOATS(&tnewr, new_rope, 2, BATCH, ROPE),
+      .seqlens = INDICES(&tlens, seqlens, 1, BATCH),
+      .out = FLOATS(&tout, out, 3, BATCH, HEADS, LATENT),
+      .lse = FLOATS(&tlse, lse, 2, BATCH, HEADS),
+      .softmax_scale = 0.25f,
+  };
+  uint64_t bytes = 0;
+  if (!succeeded("mla_decode_workspace", ssmk_mla_decode_workspace(&args, &bytes))) return;
+  if (bytes + 64 > sizeof scratch) {
+    printf("mla_decode wants a workspace of %lu bytes\n", (unsigned long)bytes);
+    ++failures;
+    return;
+  }
+  args.workspace = (void *)(((uintptr_t)scratch + 63) / 64 * 64);
+  args.workspace_bytes = bytes;
+  if (!succeeded("mla_decode", ssmk_mla_decode(&args))) return;
+
+  for (int b = 0; b < BATCH; ++b)
+    for (int h = 0; h < HEADS; ++h) {
+      double sum = 0;
+      for (int i = 0; i < seqlens[b]; ++i) {
+        double value[LATENT], score = 0;
+        for (int c = 0; c < LATENT; ++c) {
+          const int code = codes[b][i][c / 8] >> 4 * (c % 8) & 15, g = c / GROUP;
+          value[c] = (double)code * scales[b][i][g] + biases[b][i][g];
+          score += q[b][h][c] * value[c];
+        }
+        for (int c = 0; c < ROPE; ++c) score += (double)q_rope[b][h][c] * rope[b][i][c];
+        const double p = exp(score / 4);
+        sum += p;
+        for (int c = 0; c < LATENT; ++c) want[b][h][c] += p * value[c];
+      }
+      for (int c = 0; c < LATENT; ++c) want[b][h][c] /= sum;
+      want_lse[b][h] = log(sum);
+    }
+  compare("mla_decode: out", &out[0][0][0], &want[0][0][0], BATCH * HEADS * LATENT);
+  compare("mla_decode: lse", &lse[0][0], &want_lse[0][0], BATCH * HEADS);
+  double stored[BATCH][LATENT];
+  for (int b = 0; b < BATCH; ++b)
+    for (int c = 0; c < LATENT; ++c) {
+      const int i = (int)seqlens[b] - 1, code = codes[b][i][c / 8] >> 4 * (c % 8) & 15;
+      stored[b][c] = (double)code * scales[b][i][c / GROUP] + biases[b][i][c / GROUP];
+    }
+  compare("mla_decode: the appended tokens", &newest[0][0], &stored[0][0], BATCH * LATENT);
+}
+
 /* What cannot work is refused, and the message tells why. */
 static void refusals(void) {
   float number = 0;
@@ -240,7 +388,8 @@ static void refusals(void) {
   const int refused =
       ssmk_causal_conv1d(&args) == SSMK_INVALID_ARGUMENT && strstr(ssmk_last_error(), "weight");
   const ssmk_ssd_chunk_args ssd = {.size = sizeof ssd};
-  const int absent = ssmk_ssd_chunk(&ssd) != SSMK_OK && strstr(ssmk_last_error(), "ssd_chunk");
+  const int absent = ssmk_ssd_chunk(&ssd) == SSMK_INVALID_ARGUMENT &&
+                     strstr(ssmk_last_error(), "ssd_chunk: x: is required");
   const int about = ssmk_version() >> 16 == SSMK_VERSION_MAJOR &&
                     ssmk_device_count(kDLCPU) == 1 && ssmk_backend_built(kDLCPU) == 1 &&
                     ssmk_num_threads() >= 1 && ssmk_cpu_isa()[0];
@@ -252,8 +401,10 @@ static void refusals(void) {
 
 int main(void) {
   selective_scan();
+  ssd_chunk();
   state_update();
   convolutions();
+  mla_decode();
   refusals();
   return failures != 0;
 }

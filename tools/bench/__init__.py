@@ -10,6 +10,7 @@ machine that slows down slows all three.
     cases/        one file per family of cases
     peers.py      whom ssmk is compared with
     memory.py     peak memory, in processes of their own
+    models.py     whole models of transformers, with ssmk and without
     overhead.py   what a call costs above an empty one
     report.py     table, Markdown, plot
     cli.py        the command line

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import ssmk
 
-from . import ceilings, machine, memory, method, peers, report
+from . import ceilings, machine, memory, method, models, peers, report
 from .cases import all_cases
 
 FULL, QUICK = 4.0, 0.5  # seconds for one case
@@ -29,7 +29,7 @@ def pattern(text):
 
 def positive(text):
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number of threads is at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return int(text)
 
 
@@ -42,7 +42,8 @@ def parser():
         nargs="?",
         default="all",
         choices=("all", *MEASURE),
-        help="cpu: the kernels; overhead: of a call; memory: peaks; demo: the model (default: all)",
+        help="cpu: the kernels; overhead: of a call; memory: peaks; demo: the model; models: those "
+        "of transformers (default: all)",
     )
     p.add_argument("--json", metavar="FILE", help="write everything that was measured")
     p.add_argument("--plot", metavar="FILE", help="draw the ratios: .png, .svg or .pdf")
@@ -71,6 +72,25 @@ def parser():
         "--only", type=pattern, metavar="REGEX", help="only cases whose family/name it is found in"
     )
     p.add_argument("--list", action="store_true", help="print the cases' family/names")
+    group = p.add_argument_group("models", "whole models of transformers, with random weights")
+    group.add_argument(
+        "--model",
+        action="append",
+        choices=models.MODELS,
+        metavar="NAME",
+        help=f"one of {', '.join(models.MODELS)}; may be repeated "
+        f"(default: {', '.join(models.DEFAULT)})",
+    )
+    group.add_argument("--batch", type=positive, metavar="N", help="rows (default: 1, and 8)")
+    group.add_argument(
+        "--prompt", type=positive, metavar="N", help="tokens of a row (default: 512 over all rows)"
+    )
+    group.add_argument(
+        "--tokens", type=positive, default=32, metavar="N", help="to decode (default: 32)"
+    )
+    group.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights"
+    )
     return p
 
 
@@ -85,6 +105,9 @@ class Run:
         self.only = args.only
         self.threads = ssmk.num_threads()
         self.budget = QUICK if args.quick else FULL
+        self.models = tuple(dict.fromkeys(args.model or models.DEFAULT))
+        self.batches = (args.batch,) if args.batch else models.BATCHES
+        self.prompt, self.tokens, self.dtype = args.prompt, args.tokens, args.dtype
         self.found = {
             "machine": machine.describe(self.threads),
             "quick": args.quick,
@@ -136,6 +159,21 @@ def measure_memory(run):
             run.one("figures", f"memory/{name}", lambda: memory.measure(name, run.threads))
 
 
+def measure_models(run):
+    for name in run.models:
+        for batch in run.batches:
+            title = f"models/{name}, batch {batch}"
+
+            def measure(name=name, batch=batch):
+                prompt = run.prompt or max(512 // batch, 1)
+                return list(models.measure(name, batch, prompt, run.tokens, run.dtype,
+                                           5 * run.budget))
+
+            if run.wants(title):
+                peers.set_threads(run.threads)
+                run.one("figures", title, measure)
+
+
 def as_figures(family, found):
     """Rows for the report: `found` is one figure, a list of them, or a dict of them by name.
 
@@ -171,6 +209,7 @@ MEASURE = {
     "overhead": figures_of(".overhead", "measure"),
     "memory": measure_memory,
     "demo": figures_of("ssmk.demo", "bench"),
+    "models": measure_models,
 }
 
 
@@ -189,6 +228,7 @@ def measure(args):
 
 def list_cases():
     titles = [case.title for case in all_cases()] + [f"memory/{name}" for name in memory.CASES]
+    titles += [f"models/{name}, batch {batch}" for name in models.MODELS for batch in models.BATCHES]
     print(*titles, "overhead", "demo", sep="\n")
 
 

@@ -36,6 +36,23 @@ def scan(ssmk, dtype, channels_last, dim, seqlen, fill):
     return inputs, call
 
 
+def chunks(ssmk, dtype, mimo, nheads, seqlen, fill):
+    """Mamba-2, or a Mamba-3 layer of rank 4, whose final states are wanted."""
+    values, tokens, ranks = (1, seqlen, nheads, 64), (1, seqlen, nheads), (4,) if mimo else ()
+    projection = (1, seqlen, *ranks, 1, 128)
+    inputs = dict(
+        x=fill(values, dtype), dt=fill(tokens, dtype), A=fill(nheads, "f4"),
+        B=fill(projection, dtype), C=fill(projection, dtype), z=fill(values, dtype),
+    )  # fmt: skip
+    np.negative(np.abs(inputs["A"]), out=inputs["A"])
+    if mimo:
+        inputs.update(trap=fill(tokens, dtype), angles=fill((1, seqlen, 32), dtype))
+        for name in ("mimo_x", "mimo_z", "mimo_out"):
+            inputs[name] = fill((nheads, 4, 64), "f4")
+    call = lambda: ssmk.ssd_chunk(**inputs, dt_softplus=True, return_final_states=True)
+    return list(inputs.values()), call
+
+
 def convolution(ssmk, dtype, channels_last, dim, seqlen, fill):
     shape = (4, seqlen, dim) if channels_last else (4, dim, seqlen)
     inputs = [fill(shape, dtype), fill((dim, 4), dtype), fill(dim, dtype)]
@@ -59,6 +76,15 @@ def update(ssmk, dtype, channels_last, batch, dstate, fill):
 CASES = {
     "selective_scan fp32 (D, L), dim 1536, seqlen 4096": (scan, "fp32", False, 1536, 4096),
     "selective_scan bf16 (L, D), dim 1536, seqlen 4096": (scan, "bf16", True, 1536, 4096),
+    "ssd_chunk fp32 mamba2, 24 x 64, dstate 128, seqlen 4096": (chunks, "fp32", False, 24, 4096),
+    "ssd_chunk bf16 mamba2, 24 x 64, dstate 128, seqlen 4096": (chunks, "bf16", False, 24, 4096),
+    "ssd_chunk bf16 mamba3 rank 4, 24 x 64, dstate 128, seqlen 4096": (
+        chunks,
+        "bf16",
+        True,
+        24,
+        4096,
+    ),
     "causal_conv1d fp32 (D, L), batch 4, dim 1536, seqlen 2048": (
         convolution,
         "fp32",
@@ -75,7 +101,7 @@ CASES = {
     ),
     "state_update bf16, batch 64, 80 x 64, dstate 128": (update, "bf16", False, 64, 128),
 }
-SMALL = {scan: (64, 64), convolution: (64, 64), update: (1, 16)}  # sizes of the warm-up call
+SMALL = {scan: (64, 64), chunks: (2, 64), convolution: (64, 64), update: (1, 16)}  # sizes of the warm-up call
 
 
 def peak():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The cases: a file per family with cases() -> [Case].  A new family: a new file, a line here."""
 
-from . import causal_conv1d, selective_scan, state_update
+from . import causal_conv1d, mla_decode, selective_scan, ssd_chunk, state_update
 
-FAMILIES = (state_update, selective_scan, causal_conv1d)
+FAMILIES = (state_update, selective_scan, ssd_chunk, causal_conv1d, mla_decode)
 
 
 def all_cases():
