@@ -117,7 +117,7 @@ __device__ void step_channel(const CausalConv1dUpdateProblem &p, int64_t row, in
 constexpr int kThreads = 128;
 constexpr int64_t kMostBlocks = 0x7fffffff;  // along a grid's x
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     any_step(const __grid_constant__ CausalConv1dUpdateProblem p, int64_t channel_blocks,
              int64_t blocks) {
   wait_for_previous();
