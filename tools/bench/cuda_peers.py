@@ -9,6 +9,7 @@
 Nothing is looked for on the network: what is not in the folder, or cannot be built, is Missing.
 """
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -170,6 +171,7 @@ def flashinfer_module(peers, state, inputs, weights, A, index, headdim, dstate, 
             lines = done.stderr.splitlines() or ["nvcc failed"]
             error = next((line for line in lines if "error" in line), lines[-1])
             raise Missing(f"did not compile: {error[-100:]}")
+    ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)  # linked where there was no driver
     return tvm_ffi.load_module(str(library))
 
 
