@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 import ssmk
 
+from carry import Carried
+
 # Examples are drawn from a fixed seed, so that a run in CI can be repeated anywhere;
 # --hypothesis-profile=explore looks further.
 quiet = dict(
@@ -26,8 +28,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         action="append",
-        choices=("cpu", "cuda", "metal"),
-        help="run the operations on this backend (repeat for several; default: cpu)",
+        choices=("cpu", "cuda", "metal", "carried"),
+        help="run the operations on this backend (repeat for several; default: cpu); carried: on "
+        "the CPU with torch tensors, as arrays are carried to a GPU",
     )
 
 
@@ -47,13 +50,15 @@ def pytest_generate_tests(metafunc):
 def ops(request):
     """The public functions, taking NumPy arrays, on the backend under test."""
     kind = request.param
+    if kind == "carried":
+        return Carried("cpu")
     if not ssmk.backend_built(kind):
         pytest.skip(f"this build has no {kind} backend")
     if ssmk.device_count(kind) == 0:
         pytest.skip(f"this machine has no {kind} device")
-    if kind != "cpu":
-        pytest.skip(f"the tests do not carry NumPy arrays to {kind} yet")
-    return ssmk
+    if kind == "metal":
+        pytest.skip("the tests do not carry NumPy arrays to metal yet")
+    return ssmk if kind == "cpu" else Carried("cuda:0")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -1046,8 +1047,34 @@ def test_producers_are_told_the_stream(probe, rng):
     f(on_host, on_gpu, out=x, stream=5)
     assert "stream" not in on_host.options and on_gpu.options["stream"] == 5
     assert seen[0]["weight"]["device"] == (2, 3) and seen[0]["stream"] == 5
+
+
+def test_a_gpu_s_tensors_without_a_stream_go_to_the_current_one(probe, rng, monkeypatch):
+    f, seen = probe("causal_conv1d")
+    x, weight = normal(rng, (B, D, L)), normal(rng, (D, W))
+    on_host, on_gpu = Exporter(x), Exporter(weight, device=(2, 3))
     f(on_host, on_gpu, out=x)
-    assert "stream" not in on_gpu.options
+    assert "stream" not in on_host.options and on_gpu.options["stream"] == seen[-1]["stream"] == 1
+
+    class Tensor(Exporter):
+        requires_grad = property(lambda self: False)
+
+        def is_neg(self):
+            return False
+
+    class Cuda:
+        def current_stream(device):
+            return SimpleNamespace(cuda_stream={3: 0, 4: 77}[device])
+
+    torch = SimpleNamespace(Tensor=Tensor, cuda=Cuda, is_grad_enabled=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    for device, stream in ((3, 1), (4, 77)):
+        class OnGpu(Tensor):  # what is known of a type is kept
+            pass
+        on_gpu = OnGpu(weight, device=(2, device))
+        f(on_host, on_gpu, out=x)
+        assert on_gpu.options["stream"] == seen[-1]["stream"] == stream
+        assert seen[-1]["weight"]["device"] == (2, device)
 
 
 def test_what_a_producer_refuses_is_told_with_the_argument_s_name(probe, rng):

@@ -30,7 +30,7 @@ from libc.string cimport memcpy, memset
 
 cdef extern from "dlpack/dlpack.h":
     ctypedef int DLDeviceType
-    enum: kDLCPU, kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLComplex, kDLBool
+    enum: kDLCPU, kDLCUDA, kDLCUDAManaged, kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLComplex, kDLBool
     enum: DLPACK_FLAG_BITMASK_READ_ONLY
     ctypedef struct DLDevice:
         DLDeviceType device_type
@@ -222,6 +222,7 @@ cdef struct Frame:
     int grad_enabled               # -1: not asked yet
     DLPackExchangeAPI *stream_api  # of the first tensor that is not on the CPU
     DLDevice stream_device
+    uint64_t stream                # of the first capsule that is on a GPU; 0: not asked yet
     uint64_t words[MAX_FIELDS]     # the argument struct
     Slot slots[MAX_FIELDS]
 
@@ -313,8 +314,26 @@ cdef object _capsule(object o, PyObject *stream):
     except (TypeError, NotImplementedError):  # a producer older than DLPack 1.0
         return o.__dlpack__()
 
-cdef object _borrow_capsule(Op op, int i, PyObject *o, bint write, PyObject *stream,
+cdef uint64_t _current_stream(object o, int device) except 0:
+    """The stream that the framework of `o` works on, in DLPack's numbers: 1 is CUDA's default."""
+    if _derived(type(o), _loaded("torch", "Tensor")):
+        return _loaded("torch", "cuda").current_stream(device).cuda_stream or 1
+    if _derived(type(o), _loaded("cupy", "ndarray")):
+        return _loaded("cupy", "cuda").get_current_stream(device).ptr or 1
+    return 1
+
+cdef object _borrow_capsule(Op op, int i, PyObject *o, bint write, PyObject *stream, Frame *f,
                             DLTensor **out):
+    cdef object number, capsule = _export(op, i, o, write, stream, out)
+    if stream == Py_None and out[0].device.device_type in (kDLCUDA, kDLCUDAManaged):
+        # Once more, so that the producer's work comes before ours on the stream that we use.
+        if f.stream == 0:
+            f.stream = _current_stream(<object>o, out[0].device.device_id)
+        number = f.stream
+        capsule = _export(op, i, o, write, <PyObject *>number, out)
+    return capsule
+
+cdef object _export(Op op, int i, PyObject *o, bint write, PyObject *stream, DLTensor **out):
     cdef DLManagedTensorVersioned *m
     try:
         capsule = _capsule(<object>o, stream)
@@ -359,7 +378,7 @@ cdef object _borrow(Op op, int i, PyObject *o, bint write, PyObject *stream, Fra
     if b.how == kCapsule:
         if write and b.jax:
             return _IMMUTABLE
-        capsule = _borrow_capsule(op, i, o, write, stream, out)
+        capsule = _borrow_capsule(op, i, o, write, stream, f, out)
     else:
         if b.api.dltensor_from_py_object_no_sync(o, &slot.tensor):
             _refused(op, i)
@@ -614,7 +633,7 @@ cdef object _call(Op op, PyObject **given, Py_ssize_t ngiven, PyObject *keywords
     # Fill the struct
     memset(words, 0, op.size)
     f.words[0] = op.size
-    f.type, f.grad_enabled, f.stream_api = NULL, -1, NULL
+    f.type, f.grad_enabled, f.stream_api, f.stream = NULL, -1, NULL, 0
     for i in range(n):
         if args[i] == Py_None:
             whole = whole and i != op.out
@@ -641,6 +660,8 @@ cdef object _call(Op op, PyObject **given, Py_ssize_t ngiven, PyObject *keywords
     if f.stream_api != NULL and args[op.stream] == Py_None:
         f.stream_api.current_work_stream(f.stream_device.device_type, f.stream_device.device_id,
                                          <void **>(words + op.offset[op.stream]))
+    elif f.stream != 0 and args[op.stream] == Py_None:
+        (<uint64_t *>(words + op.offset[op.stream]))[0] = f.stream
 
     # Call
     with nogil:

@@ -135,7 +135,8 @@ uint64_t no_workspace(const Problem &) {
 constexpr Operation<ssmk_causal_conv1d_args, CausalConv1dProblem> kPrefill = {
     "causal_conv1d", read_problem, no_workspace, &cpu::Kernels::causal_conv1d};
 constexpr Operation<ssmk_causal_conv1d_update_args, CausalConv1dUpdateProblem> kUpdate = {
-    "causal_conv1d_update", read_problem, no_workspace, &cpu::Kernels::causal_conv1d_update};
+    "causal_conv1d_update", read_problem, no_workspace, &cpu::Kernels::causal_conv1d_update,
+    &cuda::Kernels::causal_conv1d_update};
 
 }  // namespace
 }  // namespace ssmk

@@ -4,6 +4,8 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "cuda/kernels.h"
+
 namespace ssmk {
 namespace {
 
@@ -182,9 +184,14 @@ bool Check::check_device(const DLTensor *t, const char *name) {
   first_device_ = d;
   first_name_ = name;
   if (is_host(d.device_type)) return true;
+  if (is_cuda(d.device_type) && cuda::built()) {
+    device_ = Device::kCuda;
+    return true;
+  }
   error(SSMK_UNSUPPORTED,
-        "%s: is on %s:%d (DLPack device type %d); this build has a backend for cpu only", name,
-        device_name(d.device_type), d.device_id, int(d.device_type));
+        "%s: is on %s:%d (DLPack device type %d); this build has a backend for %s only", name,
+        device_name(d.device_type), d.device_id, int(d.device_type),
+        cuda::built() ? "cpu and cuda" : "cpu");
   return false;
 }
 

@@ -33,6 +33,7 @@ class Check {
   void args(const Args *user, Args *own) {
     std::memset(own, 0, sizeof *own);
     read_args(user, reinterpret_cast<char *>(own), sizeof *own);
+    stream_ = own->stream;
   }
 
   // A tensor with just these axes.  Absent ones (NULL) give an empty view; what must be there is
@@ -67,6 +68,8 @@ class Check {
   bool ok() const { return status_ == SSMK_OK; }
   ssmk_status status() const { return status_; }
   Device device() const { return device_; }
+  int device_id() const { return first_device_.device_id; }
+  void *stream() const { return stream_; }
   bool on_cpu() const { return device_ == Device::kCpu; }
   bool reads_data() const { return ok() && on_cpu() && !sizes_only_; }
   const char *op() const { return op_; }
@@ -106,6 +109,7 @@ class Check {
   bool sizes_only_;
   ssmk_status status_ = SSMK_OK;
   Device device_ = Device::kCpu;
+  void *stream_ = nullptr;
   DLDevice first_device_{};
   const char *first_name_ = nullptr;
   int nseen_ = 0;

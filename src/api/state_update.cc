@@ -341,7 +341,8 @@ void read_problem(Check &c, const ssmk_state_update_args *user, StateUpdateProbl
 }
 
 constexpr Operation<ssmk_state_update_args, StateUpdateProblem> kOperation = {
-    "state_update", read_problem, cpu::state_update_workspace, &cpu::Kernels::state_update};
+    "state_update", read_problem, cpu::state_update_workspace, &cpu::Kernels::state_update,
+    &cuda::Kernels::state_update};
 
 }  // namespace
 }  // namespace ssmk

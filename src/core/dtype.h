@@ -6,6 +6,13 @@
 
 #include <cstdint>
 
+// What kernels on a GPU use too.
+#if defined(__CUDACC__)
+#define SSMK_ANYWHERE __host__ __device__
+#else
+#define SSMK_ANYWHERE
+#endif
+
 namespace ssmk {
 
 enum class DType : uint8_t { kNone, kF32, kF16, kBF16, kC64, kI32, kI64, kU32, kBool };
@@ -17,7 +24,7 @@ constexpr unsigned kComplex = set_of(DType::kC64);
 constexpr unsigned kIndices = set_of(DType::kI32) | set_of(DType::kI64);
 constexpr unsigned kBools = set_of(DType::kBool);
 
-constexpr int64_t size_of(DType d) {
+SSMK_ANYWHERE constexpr int64_t size_of(DType d) {
   switch (d) {
     case DType::kF32:
     case DType::kI32:

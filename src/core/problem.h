@@ -27,7 +27,7 @@ struct PadRule {
   int64_t pad_slot = 0;
   int64_t entries = 0;
 
-  bool is_pad(int64_t slot) const {
+  SSMK_ANYWHERE bool is_pad(int64_t slot) const {
     return slot < 0 || slot >= entries || (has_pad_slot && slot == pad_slot);
   }
 };

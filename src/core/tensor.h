@@ -16,10 +16,10 @@ struct View {
   DType dtype = DType::kNone;
   int64_t stride[Rank] = {};
 
-  bool given() const { return dtype != DType::kNone; }
+  SSMK_ANYWHERE bool given() const { return dtype != DType::kNone; }
 
   template <class... Index>
-  char *at(Index... index) const {
+  SSMK_ANYWHERE char *at(Index... index) const {
     static_assert(sizeof...(Index) <= Rank, "more indices than axes");
     const int64_t i[] = {int64_t(index)...};
     int64_t offset = 0;
@@ -45,13 +45,13 @@ View<To> spread(const View<From> &v, const int (&axes)[From]) {
   return r;
 }
 
-inline int64_t read_index(const View<1> &v, int64_t i) {
+SSMK_ANYWHERE inline int64_t read_index(const View<1> &v, int64_t i) {
   const char *p = v.at(i);
   return v.dtype == DType::kI64 ? *reinterpret_cast<const int64_t *>(p)
                                 : *reinterpret_cast<const int32_t *>(p);
 }
 
-inline int64_t read_index(const View<2> &v, int64_t i, int64_t j) {
+SSMK_ANYWHERE inline int64_t read_index(const View<2> &v, int64_t i, int64_t j) {
   const char *p = v.at(i, j);
   return v.dtype == DType::kI64 ? *reinterpret_cast<const int64_t *>(p)
                                 : *reinterpret_cast<const int32_t *>(p);

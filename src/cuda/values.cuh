@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT
+// Values on the GPU: loads and stores of every float dtype, one at a time or in packs of up to 16
+// bytes, and the functions that the operations share.
+//
+// Arithmetic is float32; a store rounds once, to nearest even.  Kernels write fmaf() where they
+// mean one: whether the compiler contracts a * b + c differs from one instantiation to the next,
+// and the fast paths must give the bits of the general one.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "core/tensor.h"
+
+namespace ssmk::cuda {
+
+// ---- One value of a type known when compiling
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ __forceinline__ T narrow(float v);
+template <>
+__device__ __forceinline__ float narrow<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+template <class T>
+constexpr DType dtype_for = DType::kF32;
+template <>
+inline constexpr DType dtype_for<__half> = DType::kF16;
+template <>
+inline constexpr DType dtype_for<__nv_bfloat16> = DType::kBF16;
+
+// ---- One value of a dtype known when running
+
+// As bits, without a branch: several loads in a row are then under way together.
+__device__ __forceinline__ uint32_t load_bits(const char *p, DType dtype) {
+  uint32_t bits;
+  asm volatile(
+      "{\n.reg .pred wide;\nsetp.ne.u32 wide, %2, 0;\n"
+      "@wide ld.global.b32 %0, [%1];\n@!wide ld.global.u16 %0, [%1];\n}"
+      : "=r"(bits)
+      : "l"(p), "r"(uint32_t(dtype == DType::kF32))
+      : "memory");
+  return bits;
+}
+
+__device__ __forceinline__ float value_of(uint32_t bits, DType dtype) {
+  const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  const float other = __uint_as_float(dtype == DType::kBF16 ? bits << 16 : bits);
+  return dtype == DType::kF16 ? half : other;
+}
+
+__device__ __forceinline__ float load(const char *p, DType dtype) {
+  if (dtype == DType::kF32) return *reinterpret_cast<const float *>(p);
+  if (dtype == DType::kF16) return widen(*reinterpret_cast<const __half *>(p));
+  return widen(*reinterpret_cast<const __nv_bfloat16 *>(p));
+}
+
+__device__ __forceinline__ void store(char *p, DType dtype, float v) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float *>(p) = v;
+  } else if (dtype == DType::kF16) {
+    *reinterpret_cast<__half *>(p) = narrow<__half>(v);
+  } else {
+    *reinterpret_cast<__nv_bfloat16 *>(p) = narrow<__nv_bfloat16>(v);
+  }
+}
+
+// The element of a view at an index of each axis; 64-bit offsets throughout.
+template <int Rank, class... Index>
+__device__ __forceinline__ float load_at(const View<Rank> &v, Index... index) {
+  return load(v.at(index...), v.dtype);
+}
+
+template <int Rank, class... Index>
+__device__ __forceinline__ void store_at(const View<Rank> &v, float value, Index... index) {
+  store(v.at(index...), v.dtype, value);
+}
+
+// ---- Packs: N neighbours in memory, aligned to the bytes that they fill
+
+// Raw words of 2, 4, 8 or 16 bytes.
+template <int Bytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+// Memory that is used again soon, as weights and what the rows of a batch share.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T *p) {
+  constexpr int kBytes = sizeof(T) * N;
+  using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
+  Pack<T, N> pack;
+  W *to = reinterpret_cast<W *>(&pack);
+#pragma unroll
+  for (int i = 0; i < kBytes / int(sizeof(W)); ++i) to[i] = reinterpret_cast<const W *>(p)[i];
+  return pack;
+}
+
+// Memory that the call touches once, as states: marked to leave the caches first.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack_once(const T *p) {
+  constexpr int kBytes = sizeof(T) * N;
+  using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
+  Pack<T, N> pack;
+  W *to = reinterpret_cast<W *>(&pack);
+#pragma unroll
+  for (int i = 0; i < kBytes / int(sizeof(W)); ++i)
+    to[i] = __ldcs(reinterpret_cast<const W *>(p) + i);
+  return pack;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &pack) {
+  constexpr int kBytes = sizeof(T) * N;
+  using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
+  const W *from = reinterpret_cast<const W *>(&pack);
+#pragma unroll
+  for (int i = 0; i < kBytes / int(sizeof(W)); ++i) reinterpret_cast<W *>(p)[i] = from[i];
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_pack_once(T *p, const Pack<T, N> &pack) {
+  constexpr int kBytes = sizeof(T) * N;
+  using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
+  const W *from = reinterpret_cast<const W *>(&pack);
+#pragma unroll
+  for (int i = 0; i < kBytes / int(sizeof(W)); ++i) __stcs(reinterpret_cast<W *>(p) + i, from[i]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void widen(const Pack<T, N> &pack, float (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = widen(pack.v[i]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> narrow_pack(const float (&from)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.v[i] = narrow<T>(from[i]);
+  return pack;
+}
+
+// On the host: can elements along `axis` be read in packs of `bytes`, wherever the other axes'
+// indices point?  Sizes of 1 make a stride meaningless, but Check has made those compact.
+template <int Rank>
+bool packs_along(const View<Rank> &v, int axis, int64_t bytes) {
+  if (v.stride[axis] != 1 || reinterpret_cast<uintptr_t>(v.data) % uintptr_t(bytes)) return false;
+  for (int k = 0; k < Rank; ++k)
+    if (k != axis && v.stride[k] * size_of(v.dtype) % bytes) return false;
+  return true;
+}
+
+// ---- Functions, in float32: each within a few units in the last place of its largest values
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// 2^x: two units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + exp2_fast(-x * kLog2e));
+}
+
+// z / (1 + exp(-z)).
+__device__ __forceinline__ float silu(float z) {
+  return __fdividef(z, 1.0f + exp2_fast(-z * kLog2e));
+}
+
+// log1p(exp(x)), which is x itself above 20.  With e = exp(-|x|): max(x, 0) + log1p(e), and
+// log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3, by its series up to s^13: 2^-26 of the value.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = exp2_fast(-fabsf(x) * kLog2e), s = __fdividef(e, 2.0f + e), s2 = s * s;
+  float series = fmaf(s2, 2.0f / 13, 2.0f / 11);
+  series = fmaf(s2, series, 2.0f / 9);
+  series = fmaf(s2, series, 2.0f / 7);
+  series = fmaf(s2, series, 2.0f / 5);
+  series = fmaf(s2, series, 2.0f / 3);
+  series = fmaf(s2, series, 2.0f);
+  return fmaf(s, series, x > 0.0f ? x : 0.0f);
+}
+
+}  // namespace ssmk::cuda

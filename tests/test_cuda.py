@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA backend apart from its results, for which the other tests have --backend cuda: what it
+does without a device, and graphs, streams, pads, pools and failures with one."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ssmk
+from ssmk._cffi import ffi
+
+from capi import CUDA, Call, Tensor
+from cases import F32
+
+NOWHERE = itertools.count(1 << 40, 1 << 20)  # addresses that neither host nor device has
+OPERATIONS = ("causal_conv1d_update", "state_update")
+
+built = pytest.mark.skipif(
+    not ssmk.backend_built("cuda"), reason="this build has no CUDA backend (SSMK_CUDA=enabled)"
+)
+
+
+# Without a device
+
+
+def on_cuda(shape, dtype=F32, device=0):
+    """A tensor that says it is on a GPU: whoever reads it on the host crashes."""
+    t = Tensor(np.empty(shape, dtype))
+    t.c.data = ffi.cast("void *", next(NOWHERE))
+    t.c.device.device_type, t.c.device.device_id = CUDA, device
+    return t
+
+
+def conv_update(**changes):
+    fields = dict(
+        x=on_cuda((2, 8)), conv_state=on_cuda((3, 8, 3)), weight=on_cuda((8, 4)),
+        out=on_cuda((2, 8)), state_indices=on_cuda(2, np.int32), num_tokens=on_cuda(2, np.int64),
+    )
+    return Call("causal_conv1d_update", **{**fields, **changes})
+
+
+def cpu_works():
+    x, state, weight = (np.ones(s, F32) for s in ((1, 2), (1, 2, 3), (2, 4)))
+    assert (ssmk.causal_conv1d_update(x, state, weight) == 4).all()
+
+
+@pytest.mark.skipif(ssmk.backend_built("cuda"), reason="this build has a CUDA backend")
+def test_a_build_without_cuda_says_so():
+    assert ssmk.device_count("cuda") == 0
+    status, message = conv_update()()
+    assert status == "UNSUPPORTED"
+    assert message.startswith("causal_conv1d_update: x: is on cuda:0 ")
+    assert message.endswith("this build has a backend for cpu only")
+
+
+@built
+@pytest.mark.skipif(ssmk.device_count("cuda") > 0, reason="this machine has a CUDA device")
+def test_without_a_device_a_call_fails_in_the_driver_s_words_and_the_cpu_goes_on():
+    for _ in range(2):
+        status, message = conv_update()()
+        assert status == "DEVICE_ERROR"
+        assert message.startswith("causal_conv1d_update: selecting cuda:0 failed: ")
+        assert "(cudaError" in message
+        cpu_works()
+
+
+@built
+def test_arguments_are_checked_before_the_device_is_asked():
+    status, message = conv_update(x=on_cuda((2, 9)))()
+    assert status == "INVALID_ARGUMENT" and "weight: shape must be (dim, width)" in message
+    status, message = conv_update(weight=on_cuda((8, 4), device=1))()
+    assert status == "INVALID_ARGUMENT"
+    assert "weight: must be on the device of x (cuda:0), got cuda:1" in message
+    status, message = conv_update(state_indices=np.zeros(2, np.int32))()
+    assert status == "INVALID_ARGUMENT"
+    assert "state_indices: must be on the device of x (cuda:0), got cpu:0" in message
+    status, message, _ = conv_update(x=on_cuda((2, 9))).workspace()
+    assert status == "INVALID_ARGUMENT"
+
+
+@built
+def test_workspace_queries_need_no_device():
+    assert conv_update().workspace() == ("OK", "", 0)
+
+
+@built
+def test_operations_that_are_not_on_cuda_are_refused_by_name():
+    x, A = on_cuda((1, 4, 5)), on_cuda((4, 2))
+    B = on_cuda((1, 2, 5))
+    call = Call("selective_scan", x=x, dt=on_cuda((1, 4, 5)), A=A, B=B, C=on_cuda((1, 2, 5)),
+                out=on_cuda((1, 4, 5)))
+    expected = "selective_scan: is not available on CUDA in this version"
+    assert call() == ("UNSUPPORTED", expected)
+    assert call.workspace()[:2] == ("UNSUPPORTED", expected)
+    call = Call("causal_conv1d", x=x, weight=on_cuda((4, 3)), out=on_cuda((1, 4, 5)))
+    expected = "causal_conv1d: is not available on CUDA in this version"
+    assert call() == ("UNSUPPORTED", expected)
+
+
+@built
+def test_the_library_needs_no_driver():
+    library = next((Path(ssmk.__file__).parent / "lib").glob("libssmk.so*"))
+    needed = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in needed and "cuda" not in needed
+
+
+@built
+def test_no_kernel_spills():
+    reports = list((Path(ssmk.__file__).parent / "lib").glob("*.ptxas.txt"))
+    kernels = [line.split() for report in reports for line in report.read_text().splitlines()]
+    assert any("any_step" in kernel[-1] for kernel in kernels), "the report lacks a known kernel"
+    for target, registers, stack, stores, loads, shared, name in kernels:
+        assert target.startswith("sm_") and 0 < int(registers) <= 255 and int(shared) <= 49152, name
+        assert stores == loads == "0", f"{name} for {target} spills {stores} and {loads} bytes"
+        assert stack == "0", f"{name} for {target} keeps {stack} bytes in local memory"
+
+
+# With a device
+
+
+@pytest.fixture(scope="module")
+def torch():
+    if ssmk.device_count("cuda") == 0:
+        pytest.skip("this machine has no CUDA device that this build can use")
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch cannot use the CUDA device")
+    return torch
+
+
+@pytest.fixture(params=OPERATIONS)
+def operation(request, torch):
+    return request.param
+
+
+# batch, T (None: no such axis), dtype, extra arguments
+VARIANTS = {
+    "one token": (5, None, "float32", ()),
+    "bfloat16": (33, None, "bfloat16", ()),
+    "tokens": (4, 3, "float32", ("num_tokens",)),
+    "odd": (3, None, "float16", ("odd",)),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def arguments(torch, operation, batch, T, dtype, has, entries=None, seed=0):
+    """(state, keyword arguments, out among them): tensors on the GPU, a slot a row, shuffled."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    dtype = getattr(torch, dtype)
+    entries = entries or 2 * batch
+    time = () if T is None else (T,)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    slots = torch.randperm(entries, generator=generator, device="cuda")[:batch].to(torch.int32)
+    if operation == "causal_conv1d_update":
+        dim = 301 if "odd" in has else 512
+        state = normal(entries, dim, 3)
+        x = normal(batch, *time, dim)
+        a = dict(weight=normal(dim, 4), bias=normal(dim), activation="silu")
+        if T is not None:
+            a["channels_last"] = True
+    else:
+        nheads, headdim, dstate = (3, 5, 19) if "odd" in has else (8, 64, 128)
+        state = normal(entries, nheads, headdim, dstate)
+        x = normal(batch, *time, nheads, headdim)
+        a = dict(
+            dt=normal(batch, *time, nheads) - 2, A=-normal(nheads).float().exp(),
+            B=normal(batch, *time, 1, dstate), C=normal(batch, *time, 1, dstate),
+            D=normal(nheads), z=normal(*x.shape), dt_bias=normal(nheads), dt_softplus=True,
+        )
+    a.update(x=x, state_indices=slots, out=torch.full_like(x, float("nan")))
+    if "num_tokens" in has:
+        a["num_tokens"] = torch.arange(batch, device="cuda") % (T + 1)
+    return state, a
+
+
+def call(operation, state, a, **more):
+    name = "conv_state" if operation == "causal_conv1d_update" else "state"
+    try:
+        return getattr(ssmk, operation)(**{name: state}, **{**a, **more})
+    except NotImplementedError as e:
+        pytest.skip(str(e))
+
+
+def bits(tensor):
+    item = tensor.element_size()
+    flat = tensor.cpu().contiguous().view(-1)
+    return flat.view(getattr(sys.modules["torch"], f"int{8 * item}")).numpy()
+
+
+def same(got, want, what="out"):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert np.array_equal(bits(got), bits(want)), f"{what}: bits differ"
+
+
+def fresh(a):
+    """The arguments with an output of its own."""
+    return {**a, "out": a["out"].clone().fill_(float("nan"))}
+
+
+@variants
+def test_runs_and_batches_do_not_change_a_bit(torch, operation, variant):
+    state, a = arguments(torch, operation, *variant)
+    first, again = state.clone(), state.clone()
+    out = call(operation, first, a)
+    assert torch.isfinite(out).all()
+    same(call(operation, again, fresh(a)), out)
+    same(again, first, "state")
+    rows = ("x", "dt", "B", "C", "z", "state_indices", "num_tokens", "out")
+    for batch in (slice(0, 1), slice(1, 3)):
+        part = {k: v[batch] if k in rows else v for k, v in fresh(a).items()}
+        alone = state.clone()
+        same(call(operation, alone, part), out[batch])
+        slots = a["state_indices"][batch].long()
+        same(alone[slots], first[slots], "state")
+
+
+@variants
+def test_replayed_graphs_give_the_bits_of_calls(torch, operation, variant):
+    state, a = arguments(torch, operation, *variant)
+    eager = state.clone()
+    wants = [call(operation, eager, fresh(a)) for _ in range(3)]
+    replayed, out = state.clone(), fresh(a)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(operation, replayed, out)
+    same(replayed, state, "a capture is no call: state")
+    for want in wants:
+        graph.replay()
+        torch.cuda.synchronize()
+        same(out["out"], want)
+    same(replayed, eager, "state")
+
+
+FIRST_CALL = """
+import torch, ssmk
+x, state, weight = (torch.ones(s, device="cuda") for s in ((2, 8), (2, 8, 3), (8, 4)))
+out = torch.empty_like(x)
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    ssmk.causal_conv1d_update(x, state, weight, out=out)
+graph.replay()
+torch.cuda.synchronize()
+assert (out == 4).all()
+"""
+
+
+def test_the_first_call_of_a_process_may_be_captured(torch):
+    subprocess.run([sys.executable, "-c", FIRST_CALL], check=True)
+
+
+def test_calls_run_on_the_stream_that_is_named_or_current(torch, operation):
+    state, a = arguments(torch, operation, *VARIANTS["bfloat16"])
+    eager = state.clone()
+    want = call(operation, eager, fresh(a))
+    stream = torch.cuda.Stream()
+    spin = 50_000_000  # cycles that come before the call on its stream, and hold it up
+    for handle in (None, stream.cuda_stream):
+        after, room = state.clone(), fresh(a)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(spin)
+            done = torch.cuda.Event()
+            if handle is None:
+                call(operation, after, room)
+        if handle is not None:
+            call(operation, after, room, stream=handle)
+        done.record(stream)
+        assert not done.query(), "the call has waited for the device, or ran on another stream"
+        early = room["out"].isnan().any()  # on the default stream, beside the spinning one
+        assert early, "the call did not run behind what was on its stream"
+        done.synchronize()
+        same(room["out"], want)
+        same(after, eager, "state")
+
+
+def test_captured_on_whatever_stream(torch, operation):
+    """Nothing of a call strays to another stream, where a capture would refuse it."""
+    state, a = arguments(torch, operation, *VARIANTS["one token"])
+    call(operation, state.clone(), fresh(a))
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="global"):
+        call(operation, state, a)
+    before = state.clone()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(before, state)
+
+
+@variants
+def test_pads_and_slots_out_of_range_leave_every_byte(torch, operation, variant):
+    state, a = arguments(torch, operation, *variant)
+    entries = len(state)
+    slots = a["state_indices"]
+    bad = torch.tensor([-1, entries, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cuda")
+    where = torch.arange(len(slots), device="cuda") % 2 == 0
+    some = torch.where(where, bad[torch.arange(len(slots), device="cuda") // 2 % 4], slots)
+    for pads in (bad.repeat(len(slots))[: len(slots)], some):
+        after = state.clone()
+        out = call(operation, after, fresh(a), state_indices=pads)
+        real = (pads >= 0) & (pads < entries)
+        assert (out[~real] == 0).all()
+        rest = torch.ones(entries, dtype=torch.bool, device="cuda")
+        rest[pads[real].long()] = False
+        same(after[rest], state[rest], "slots of nobody")
+    after = state.clone()
+    out = call(operation, after, fresh(a), state_indices_out=bad.repeat(len(slots))[: len(slots)])
+    assert (out == 0).all()
+    same(after, state, "state")
+    pad = int(slots[0])
+    out = call(operation, after, fresh(a), pad_slot=pad)
+    assert (out[0] == 0).all()
+    same(after[pad], state[pad], "the pad slot")
+
+
+def test_counts_out_of_range_stay_inside(torch, operation):
+    state, a = arguments(torch, operation, 3, 4, "float32", ("num_tokens",))
+    want_state = state.clone()
+    counts = torch.tensor([0, 4, 2], device="cuda")
+    want = call(operation, want_state, fresh(a), num_tokens=counts)
+    wild = torch.tensor([-(2**40), 2**40, 2], device="cuda")
+    same(call(operation, state, fresh(a), num_tokens=wild), want)
+    same(state, want_state, "state")
+
+
+def test_pools_past_two_to_the_31_elements(torch, operation):
+    entries = {"causal_conv1d_update": 2**31 // (512 * 3), "state_update": 2**31 // (8 * 64 * 128)}
+    room = 2 * (2**31 + 2**27)
+    if torch.cuda.mem_get_info()[0] < 2 * room:
+        pytest.skip("the GPU has not enough free memory")
+    small, a = arguments(torch, operation, *VARIANTS["bfloat16"])
+    count, batch = entries[operation] + 64, len(a["x"])
+    want_state = small.clone()
+    want = call(operation, want_state, fresh(a))
+    pool = torch.zeros((count, *small.shape[1:]), dtype=small.dtype, device="cuda")
+    far = count - 1 - torch.arange(batch, device="cuda")
+    far[0] = 0
+    near = a["state_indices"].long()
+    pool[far] = small[near]
+    same(call(operation, pool, fresh(a), state_indices=far), want)
+    same(pool[far], want_state[near], "pool")
+    pool[far] = 0
+    assert not pool.view(torch.int16).any(), "other slots were written"
+
+
+@variants
+def test_strided_tensors_give_the_bits_of_packed_ones(torch, operation, variant):
+    """The general path and the fast ones."""
+    state, a = arguments(torch, operation, *variant)
+    packed = state.clone()
+    want = call(operation, packed, fresh(a))
+
+    def spread(tensor):
+        room = torch.full((*tensor.shape, 3), float("nan"), device="cuda").to(tensor.dtype)
+        room[..., 1] = tensor
+        return room[..., 1]
+
+    apart = {k: spread(v) if hasattr(v, "is_floating_point") else v for k, v in fresh(a).items()}
+    strided = spread(state)
+    same(call(operation, strided, apart), want)
+    same(strided, packed, "state")
+
+
+def test_conv_states_input_by_input(torch):
+    """As serving engines keep them: the channels of one input side by side."""
+    for variant in VARIANTS.values():
+        for extra in (0, 1):
+            state, a = arguments(torch, "causal_conv1d_update", *variant)
+            state = torch.cat([state[..., :extra], state], -1)
+            by_input = state.swapaxes(1, 2).contiguous().swapaxes(1, 2)
+            by_channel = state.clone()
+            want = call("causal_conv1d_update", by_channel, fresh(a))
+            same(call("causal_conv1d_update", by_input, fresh(a)), want)
+            same(by_input, by_channel, "conv_state")
+
+
+def test_negative_counts_of_a_ring_stay_inside_the_slot(torch):
+    state, a = arguments(torch, "causal_conv1d_update", 2, 3, "float32", ())
+    before = state.clone()
+    counts = torch.tensor([-5, -(2**62)], device="cuda")
+    call("causal_conv1d_update", state, a, cache_seqlens=counts)
+    rest = torch.ones(len(state), dtype=torch.bool, device="cuda")
+    rest[a["state_indices"].long()] = False
+    same(state[rest], before[rest], "slots of nobody")
+
+
+def test_a_device_that_is_not_there_is_an_error_of_that_call_only(torch):
+    status, message = conv_update(
+        **{
+            name: on_cuda(shape, dtype, device=99)
+            for name, shape, dtype in (
+                ("x", (2, 8), F32), ("conv_state", (3, 8, 3), F32), ("weight", (8, 4), F32),
+                ("out", (2, 8), F32), ("state_indices", 2, np.int32), ("num_tokens", 2, np.int64),
+            )
+        }
+    )()
+    assert status == "DEVICE_ERROR" and "selecting cuda:99 failed: " in message
+    state, a = arguments(torch, "causal_conv1d_update", *VARIANTS["one token"])
+    assert torch.isfinite(call("causal_conv1d_update", state, a)).all()
+
+
+LOST = """
+import numpy as np, torch, ssmk
+from test_cuda import conv_update, cpu_works
+torch.ones(1, device="cuda")
+assert conv_update()() == ("OK", "")  # its addresses are nowhere: the kernel fails later
+try:
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("the kernel did not fail")
+for _ in range(2):
+    status, message = conv_update()()
+    assert status == "DEVICE_ERROR" and "cudaErrorIllegalAddress" in message, (status, message)
+    cpu_works()
+"""
+
+
+def test_after_a_lost_device_calls_say_so_and_the_cpu_goes_on(torch):
+    run = subprocess.run(
+        [sys.executable, "-c", LOST], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_current_device_stays_the_current_one(torch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one CUDA device only")
+    state, a = arguments(torch, "causal_conv1d_update", *VARIANTS["one token"])
+    want_state = state.clone()
+    want = call("causal_conv1d_update", want_state, fresh(a))
+    there = {k: v.to("cuda:1") if torch.is_tensor(v) else v for k, v in fresh(a).items()}
+    torch.cuda.set_device(0)
+    far = state.to("cuda:1")
+    out = call("causal_conv1d_update", far, there)
+    assert torch.cuda.current_device() == 0 and out.device.index == 1
+    same(out, want)
+    same(far, want_state, "conv_state")

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: MIT
+"""`python -m ssmk.bench.cuda`: the CUDA backend beside the memory's own speed and beside peers.
+
+Each contender's calls stand in a CUDA graph, on one of several sets of buffers after the other that
+together are larger than L2; graphs are replayed in turns, timed by events, and medians compared.
+The limit of a case is the time of an in-place read-modify-write of as many bytes as it must read
+and write, or, where it mostly writes elsewhere, of a copy: measured in the same turns.
+
+What is measured is in `cuda_cases`.  A module there has `cases(context)`, which yields Cases.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+from .method import Skip, Wrong
+
+CACHES = 3  # buffers are this many times L2
+NODES = (20, 400)  # of a graph: at least, at most
+MODULES = ("causal_conv1d", "state_update")
+
+
+@dataclass
+class Contender:
+    """`run(i)` puts the work on set i of the buffers on the current stream."""
+
+    name: str
+    run: Callable
+    check: Callable = None  # () -> error relative to the reference; at most `tolerance`
+    tolerance: float = 0.0
+
+
+@dataclass
+class Case:
+    name: str
+    bytes: int  # that must be read and written
+    sets: int  # how many sets of buffers there are
+    ssmk: Contender
+    peers: list = field(default_factory=list)  # Contenders, or (name, why it is not here)
+    limit: str = "update"  # or "copy"
+
+
+class Ceilings:
+    """The native loops on memory of their own."""
+
+    def __init__(self, torch, device):
+        library = ctypes.CDLL(str(Path(__file__).with_name("_ceilings_cuda.so")))
+        self.library, self.torch, self.device = library, torch, device
+
+    def contender(self, kind, nbytes, sets):
+        torch, nbytes = self.torch, -(-nbytes // 32) * 32
+        half = nbytes // 2  # is read, and half is written
+        halves = 1 if kind == "update" else 2
+        rooms = [
+            torch.zeros(halves * half, dtype=torch.uint8, device=self.device) for _ in range(sets)
+        ]
+        index = self.device.index or 0
+
+        def run(i):
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+            p, size = rooms[i].data_ptr(), ctypes.c_size_t(half)
+            if kind == "update":
+                status = self.library.ceiling_update(ctypes.c_void_p(p), size, index, stream)
+            else:
+                to = ctypes.c_void_p(p + half)
+                status = self.library.ceiling_copy(to, ctypes.c_void_p(p), size, index, stream)
+            if status:
+                raise RuntimeError(f"the ceiling {kind} could not be launched")
+
+        return Contender(kind, run)
+
+
+class Context:
+    """What cases are made from."""
+
+    def __init__(self, torch, device, peers, turns):
+        self.torch, self.device, self.peers, self.turns = torch, device, peers, turns
+        self.l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self.ceilings = Ceilings(torch, device)
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def sets_for(self, nbytes):
+        return max(2, min(NODES[1], -(-CACHES * self.l2 // max(nbytes, 1))))
+
+    def normal(self, *shape, dtype):
+        room = self.torch.randn(shape, generator=self.generator, device=self.device)
+        return room.to(dtype)
+
+    def relative_error(self, got, want):
+        want = want.double()
+        return float((got.double() - want).abs().max() / want.abs().max())
+
+
+def graph_of(context, contender, sets):
+    """(graph, how many calls it holds)."""
+    torch = context.torch
+    nodes = max(NODES[0], sets)
+    nodes -= nodes % sets if nodes > sets else 0
+    stream = torch.cuda.Stream(context.device)
+    with torch.cuda.stream(stream):
+        for i in range(min(sets, 3)):  # what compiles when first called does so now
+            contender.run(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for node in range(nodes):
+            contender.run(node % sets)
+    return graph, nodes
+
+
+def measure(context, case):
+    """{contender: microseconds a call}, medians over the turns; peers that fail as their error."""
+    torch = context.torch
+    limits = [context.ceilings.contender(case.limit, case.bytes, case.sets)]
+    contenders, results, graphs = [case.ssmk, *limits], {}, {}
+    for peer in case.peers:
+        if isinstance(peer, tuple):
+            results[peer[0]] = peer[1]
+        else:
+            contenders.append(peer)
+    for c in contenders:
+        try:
+            if c.check:
+                error = c.check()
+                if not error <= c.tolerance:
+                    raise Wrong(f"its error is {error:.2g}, more than {c.tolerance:.2g}")
+            graphs[c.name] = graph_of(context, c, case.sets)
+        except Exception as e:
+            if c in (case.ssmk, *limits):
+                raise
+            results[c.name] = " ".join(str(e).split())[:120] or type(e).__name__
+    times = {name: [] for name in graphs}
+    for turn in range(context.turns + 2):
+        for name, (graph, nodes) in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()  # the clocks and the caches are then this contender's
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn > 1:
+                times[name].append(start.elapsed_time(end) * 1000 / nodes)
+    for name, values in times.items():
+        results[name] = statistics.median(values)
+    return results
+
+
+# Reporting
+
+
+def row_of(case, results):
+    mine, limit = results[case.ssmk.name], results[case.limit]
+    names = [peer[0] if isinstance(peer, tuple) else peer.name for peer in case.peers]
+    peers = {name: results[name] for name in names}
+    return {
+        "case": case.name, "bytes": case.bytes, "limit": case.limit, "limit_us": limit,
+        "ssmk_us": mine, "ssmk_over_limit": mine / limit, "peers": peers,
+    }
+
+
+def show(rows, file=sys.stdout):
+    width = max(len(row["case"]) for row in rows)
+    head = f"{'case':{width}}  {'limit us':>9}  {'ssmk us':>9}  over limit  peers over ssmk"
+    print(head, file=file)
+    for row in rows:
+        peers = []
+        for name, value in row["peers"].items():
+            number = not isinstance(value, str)
+            peers.append(f"{name} {value / row['ssmk_us']:.2f}x" if number else f"{name}: {value}")
+        print(
+            f"{row['case']:{width}}  {row['limit_us']:9.2f}  {row['ssmk_us']:9.2f}  "
+            f"{row['ssmk_over_limit']:10.3f}  {', '.join(peers)}",
+            file=file,
+        )
+
+
+def cases(context, only):
+    for name in MODULES:
+        try:
+            module = importlib.import_module(f".cuda_cases.{name}", __package__)
+        except ModuleNotFoundError as e:
+            if not (e.name or "").endswith(f"cuda_cases.{name}"):
+                raise
+            continue
+        yield from module.cases(context, only)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m ssmk.bench.cuda", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX",
+                        help="cases whose name it is found in")
+    parser.add_argument("--peers", type=Path, metavar="DIR",
+                        help="where tools/gpu has packed peers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--turns", type=int, default=15, help="that the median is taken of")
+    options = parser.parse_args(arguments)
+    import ssmk
+    import torch
+
+    if ssmk.device_count("cuda") == 0 or not torch.cuda.is_available():
+        sys.exit("no CUDA device that this build and this PyTorch can use")
+    device = torch.device("cuda", torch.cuda.current_device())
+    context = Context(torch, device, options.peers, options.turns)
+    rows, skipped = [], []
+    for case in cases(context, options.only):
+        try:
+            rows.append(row_of(case, measure(context, case)))
+            print(f"  {case.name}: {rows[-1]['ssmk_over_limit']:.3f}", file=sys.stderr)
+        except (Skip, NotImplementedError) as e:
+            skipped.append({"case": case.name, "why": str(e)})
+        torch.cuda.empty_cache()
+        if options.json:
+            machine = {"device": torch.cuda.get_device_name(device), "l2": context.l2,
+                       "torch": torch.__version__, "ssmk": ssmk.__version__,
+                       "command": "python -m ssmk.bench.cuda"}
+            options.json.write_text(
+                json.dumps({"machine": machine, "rows": rows, "skipped": skipped}, indent=1) + "\n")
+    if rows:
+        show(rows)
+    for case in skipped:
+        print(f"{case['case']}: skipped: {case['why']}")
+    if not rows and not skipped:
+        sys.exit("no case has such a name")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""state_update: decode steps of Mamba-2 layers (headdim 64) and Mamba-1 layers in a bf16 model."""
+
+import ssmk
+
+from ..cuda import Case, Contender
+from ..cuda_peers import Missing, flashinfer_state_update, mamba_ssm_state_update
+
+# heads, groups, dstate, dtype of the state, batches, tokens
+HEADS = (
+    (80, 1, 128, "bfloat16", (1, 4, 16, 64, 256, 512), 1),
+    (80, 1, 128, "float32", (1, 4, 16, 64, 256, 512), 1),
+    (128, 8, 128, "bfloat16", (1, 64, 256), 1),
+    (80, 1, 128, "bfloat16", (1, 16, 64, 256), 4),
+    (80, 1, 128, "float32", (1, 64, 256), 4),
+    *((80, 1, n, dtype, (16384 // n,), 1)
+      for n in (16, 32, 64, 96, 256) for dtype in ("bfloat16", "float32")),
+)
+HEADDIM = 64
+# dim, dstate, dtype of the state, batches
+CHANNELS = (
+    (5120, 16, "float32", (1, 16, 128, 512)),
+    (5120, 16, "bfloat16", (1, 16, 128, 512)),
+    (1536, 16, "float32", (128,)),
+    (1536, 128, "float32", (128,)),
+)
+TOLERANCE = 2e-2
+
+
+def cases(context, only):
+    for nheads, ngroups, dstate, dtype, batches, tokens in HEADS:
+        for batch in batches:
+            name = f"state_update {nheads} heads, {ngroups} groups, dstate {dstate}, {dtype} state"
+            name += f", {tokens} tokens, batch {batch}"
+            if only.search(name):
+                shape = (nheads, HEADDIM)
+                yield case(context, name, shape, ngroups, dstate, dtype, batch, tokens)
+    for dim, dstate, dtype, batches in CHANNELS:
+        for batch in batches:
+            name = f"state_update Mamba-1, dim {dim}, dstate {dstate}, {dtype} state, batch {batch}"
+            if only.search(name):
+                yield case(context, name, (dim,), None, dstate, dtype, batch, 1)
+
+
+def expected(torch, state, x, dt, A, B, C, D, z, dt_bias, slots):
+    """One or several tokens, in float32, as the formulas stand in ssmk.h."""
+    state, rows = state[slots.long()].float(), range(x.shape[1])
+    repeats = x.shape[2] // B.shape[2] if B.dim() == 4 else None
+    out = []
+    for t in rows:
+        step = torch.nn.functional.softplus(dt[:, t].float() + dt_bias)
+        b, c = B[:, t].float(), C[:, t].float()
+        if repeats:  # heads: one step and decay a head
+            b, c = b.repeat_interleave(repeats, 1)[:, :, None], c.repeat_interleave(repeats, 1)
+            decay, step = torch.exp(step * A)[..., None, None], step[..., None]
+            c, skip = c[:, :, None], D[:, None]
+        else:
+            decay, b, c, skip = torch.exp(step[..., None] * A), b[:, None], c[:, None], D
+        now = x[:, t].float()
+        state = decay * state + (step * now)[..., None] * b
+        gate = torch.nn.functional.silu(z[:, t].float())
+        out.append(((state * c).sum(-1) + skip * now) * gate)
+    return torch.stack(out, 1)
+
+
+def case(context, name, shape, ngroups, dstate, dtype, batch, tokens):
+    torch = context.torch
+    bf16, f32, dtype = torch.bfloat16, torch.float32, getattr(torch, dtype)
+    heads = len(shape) == 2
+    nheads = shape[0]
+    groups = (ngroups,) if heads else ()
+    A = -torch.exp(context.normal(*(shape[:1] if heads else (*shape, dstate)), dtype=f32) / 4)
+    D, dt_bias = context.normal(nheads, dtype=f32), context.normal(nheads, dtype=f32) / 2 - 2
+    items = shape[0] * (shape[1] if heads else 1)
+    moved = batch * items * (2 * dstate * dtype.itemsize + 3 * tokens * bf16.itemsize)
+    moved += batch * tokens * (2 * (ngroups or 1) * dstate * bf16.itemsize + nheads * f32.itemsize)
+    sets = context.sets_for(moved)
+    buffers = []
+    for _ in range(sets):
+        x, z = (context.normal(batch, tokens, *shape, dtype=bf16) for _ in range(2))
+        dt = context.normal(batch, tokens, nheads, dtype=f32) / 2
+        B, C = (context.normal(batch, tokens, *groups, dstate, dtype=bf16) for _ in range(2))
+        state = context.normal(batch, *shape, dstate, dtype=dtype)
+        slots = torch.randperm(batch, generator=context.generator, device=context.device)
+        buffers.append((state, x, dt, B, C, z, slots.to(torch.int32), torch.empty_like(x)))
+
+    def run(i):
+        state, x, dt, B, C, z, slots, out = buffers[i]
+        ssmk.state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True,
+                          state_indices=slots, out=out)
+
+    def error_of(call):
+        def error():
+            state, x, dt, B, C, z, slots, out = buffers[0]
+            want = expected(torch, state, x, dt, A, B, C, D, z, dt_bias, slots)
+            got = call(0)
+            return context.relative_error(out if got is None else got.reshape(want.shape), want)
+
+        return error
+
+    # Peers read A, dt, D and dt_bias as views expanded over headdim and dstate.
+    wide_A = A[:, None, None].expand(*shape, dstate) if heads else A
+    wide_D = D[:, None].expand(shape) if heads else D
+    wide_bias = dt_bias[:, None].expand(shape) if heads else dt_bias
+
+    def wide_dt(dt):
+        return dt[..., None].expand(*dt.shape, shape[1]) if heads else dt
+
+    peers = []
+    if tokens == 1:
+        try:
+            update = mamba_ssm_state_update(context.peers)
+
+            def run_mamba(i):
+                state, x, dt, B, C, z, slots, _ = buffers[i]
+                return update(state, x[:, 0], wide_dt(dt)[:, 0], wide_A, B[:, 0], C[:, 0], wide_D,
+                              z[:, 0], wide_bias, True, slots)
+
+            peers.append(Contender("mamba-ssm", run_mamba, error_of(run_mamba), TOLERANCE))
+        except Missing as e:
+            peers.append(("mamba-ssm", str(e)))
+    else:
+        peers.append(("mamba-ssm", "takes one token only"))
+    for algorithm in ("auto", "simple", "vertical", "horizontal") if heads else ():
+        label = f"FlashInfer {algorithm}"
+        if tokens > 1:
+            peers.append((label, "not measured with several tokens"))
+            continue
+        try:
+            state, x, dt, B, C, z, slots, out = buffers[0]
+            call = flashinfer_state_update(
+                context.peers, algorithm, state, x, dt, wide_A, B, C, wide_D, slots)
+
+            def run_flash(i, call=call):
+                state, x, dt, B, C, z, slots, out = buffers[i]
+                call(state, x[:, 0], wide_dt(dt)[:, 0], wide_A, B[:, 0], C[:, 0], wide_D, z[:, 0],
+                     wide_bias, slots, out[:, 0])
+
+            peers.append(Contender(label, run_flash, error_of(run_flash), TOLERANCE))
+        except Missing as e:
+            peers.append((label, str(e)))
+    if not heads:
+        peers.append(("FlashInfer", "takes heads only"))
+    return Case(name, moved, sets, Contender("ssmk", run, error_of(run), TOLERANCE), peers)
