@@ -8,8 +8,7 @@
 
 namespace ssmk::cpu::SSMK_ISA {
 
-// n rounded up to whole vectors: arrays below are padded to that.
-SSMK_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+// Arrays below are padded to whole vectors.
 
 // What rounding took from the product of a and b.
 SSMK_INLINE vf product_error(vf a, vf b, vf product) {

@@ -23,7 +23,6 @@ namespace {
 constexpr float kNothing = -__builtin_inff();  // the largest of no scores
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 struct Scratch {
   alignas(64) float tile[(kMlaTile + kTokenBlock) * (kMlaChannels + 16)];

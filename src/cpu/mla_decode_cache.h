@@ -115,9 +115,7 @@ struct Cache {
  private:
   // Lines that are not packed are left to the processor.
   SSMK_INLINE static void prefetch_row(const View<3> &v, CachePlace at, int64_t n) {
-    if (v.stride[2] != 1) return;
-    const char *row = v.at(at.entry, at.position);
-    for (int64_t k = 0; k < n * size_of(v.dtype); k += 64) __builtin_prefetch(row + k, 0, 2);
+    if (v.stride[2] == 1) fetch(v.at(at.entry, at.position), n * size_of(v.dtype));
   }
 
   // Scales or biases of `run` tokens -> groups of them, packed.

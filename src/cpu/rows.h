@@ -81,6 +81,12 @@ inline void read_row(float *dst, const char *src, DType dtype, int64_t stride, i
   });
 }
 
+// The same, and zeros up to a whole vector.
+inline void read_padded(float *dst, const char *src, DType dtype, int64_t stride, int64_t n) {
+  read_row(dst, src, dtype, stride, n);
+  for (int64_t i = n; i % kLanes; ++i) dst[i] = 0;
+}
+
 // Two vectors as the 16-bit elements of one.
 template <class T, int... L>
 SSMK_INLINE vf paired(vf a, vf b, std::integer_sequence<int, L...>) {

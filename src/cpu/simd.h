@@ -260,6 +260,9 @@ SSMK_INLINE void stream_fence() {
 #endif
 }
 
+// n rounded up to whole vectors.
+SSMK_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 using LaneSequence = std::make_integer_sequence<int, kLanes>;
 
 // Lane shuffles: S is a power of two below kLanes, blocks are runs of S lanes.

@@ -143,8 +143,8 @@ struct Task {
       read_projections(t, stop - t);
       for (int64_t h = 0; h < nheads; ++h) {
         const int64_t after = end - stop < plan.tokens ? end - stop : plan.tokens;
-        const TokenSpan next = h + 1 < nheads ? TokenSpan{seq.row, first + h + 1, t, stop - t}
-                                              : TokenSpan{seq.row, first, stop, after};
+        const TokenSpan next =
+            h + 1 < nheads ? TokenSpan{first + h + 1, t, stop - t} : TokenSpan{first, stop, after};
         SsdHead{p, plan, scratch, heads[h], seq.row, first + h, group, t, stop - t, next}.run(h ==
                                                                                               0);
       }

@@ -35,9 +35,9 @@ struct HeadScratch {
   bool turned;          // theta has seen a token; before, it is as the caller gave it
 };
 
-// Tokens of one head.
+// Tokens of one head, of the same row.
 struct TokenSpan {
-  int64_t row, head, begin, tokens;
+  int64_t head, begin, tokens;
 };
 
 struct SsdHead {
@@ -54,12 +54,6 @@ struct SsdHead {
   int64_t rows() const { return tokens * rank(); }
 
   // Parameters
-
-  // n elements, and zeros up to a whole vector.
-  static void read_padded(float *dst, const char *src, DType dtype, int64_t stride, int64_t n) {
-    read_row(dst, src, dtype, stride, n);
-    for (int64_t i = n; i % kLanes; ++i) dst[i] = 0;
-  }
 
   void read_ranks(int64_t to, const View<3> &v, int64_t n, int64_t ld) const {
     for (int64_t r = 0; v.given() && r < rank(); ++r)
@@ -265,17 +259,17 @@ struct SsdHead {
   // token's is far.  So rows are fetched while products are computed: token i of a span, from the
   // rank rows that the product is at.
   template <int kRank>
-  void prefetch(const View<kRank> &v, int axis, const char *first) const {
-    if (v.stride[axis] == 1) fetch(first, p.headdim * size_of(v.dtype));
+  void prefetch(const View<kRank> &v, const char *first) const {
+    if (v.stride[kRank - 1] == 1) fetch(first, p.headdim * size_of(v.dtype));
   }
 
   // Called with the rows of the product with Ht: of the same share of tokens, what this head still
   // reads and writes, and the x of the next.
   void prefetch_rows(int64_t i, int64_t end) const {
     for (int64_t t = (i + rank() - 1) / rank(); t * rank() < end; ++t) {
-      if (p.z.given()) prefetch(p.z, 3, p.z.at(row, begin + t, head));
-      prefetch(p.out, 4, p.out.at(row, begin + t, 0, head));
-      if (t < next.tokens) prefetch(p.x, 3, p.x.at(next.row, next.begin + t, next.head));
+      if (p.z.given()) prefetch(p.z, p.z.at(row, begin + t, head));
+      prefetch(p.out, p.out.at(row, begin + t, 0, head));
+      if (t < next.tokens) prefetch(p.x, p.x.at(row, next.begin + t, next.head));
     }
   }
 

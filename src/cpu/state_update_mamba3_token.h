@@ -71,11 +71,6 @@ struct Mamba3Token {
   }
   // Reading
 
-  static void read_padded(float *dst, const char *src, DType dtype, int64_t stride, int64_t n) {
-    read_row(dst, src, dtype, stride, n);
-    for (int64_t i = n; i % kLanes; ++i) dst[i] = 0;
-  }
-
   // headdim values of this head, of a weight or of a token.
   const float *weights(float *dst, const View<3> &w, int64_t r) const {
     read_padded(dst, w.at(head, r), w.dtype, w.stride[2], p.headdim);

@@ -32,16 +32,4 @@ OnDevice::~OnDevice() {
   if (before_ >= 0) cudaSetDevice(before_);
 }
 
-ssmk_status device_traits(const Call &call, DeviceTraits *traits) {
-  int major = 0, minor = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&traits->multiprocessors, cudaDevAttrMultiProcessorCount, call.device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
-  traits->capability = 10 * major + minor;
-  return error == cudaSuccess ? SSMK_OK : device_error(call, "asking about", error);
-}
-
 }  // namespace ssmk::cuda

@@ -33,11 +33,4 @@ ssmk_status on_device(const Problem &problem, const Call &call) {
   return here.status() ? here.status() : kRun(problem, call);
 }
 
-// What kernels choose their shape by; asked of the runtime, which keeps it.
-struct DeviceTraits {
-  int multiprocessors = 0;
-  int capability = 0;  // 90 for 9.0
-};
-ssmk_status device_traits(const Call &, DeviceTraits *);
-
 }  // namespace ssmk::cuda
