@@ -110,9 +110,8 @@ ssmk_status run_any_packed(const Cut &cut, const PackedProblem &p, const StateUp
   const Slots &s = q.slots;
   const bool one = q.ntokens == 1 && !s.num_tokens.given() && !s.num_accepted.given() &&
                    !s.out_per_token && !q.intermediate.given();
-  if (one_decay(q))
-    return one ? pick_packed<S, X, true, Work::kOne>(cut, p, q, call)
-               : pick_packed<S, X, true, Work::kAny>(cut, p, q, call);
+  // One decay and one token is state_update_tied()'s, but for odd layouts.
+  if (one_decay(q)) return pick_packed<S, X, true, Work::kAny>(cut, p, q, call);
   return one ? pick_packed<S, X, false, Work::kOne>(cut, p, q, call)
              : pick_packed<S, X, false, Work::kAny>(cut, p, q, call);
 }
@@ -135,6 +134,8 @@ ssmk_status heads(const StateUpdateProblem &q, const Call &call) {
 ssmk_status state_update(const StateUpdateProblem &p, const Call &call) {
   if (p.batch == 0 || p.nheads == 0 || p.headdim == 0) return SSMK_OK;
   if (p.is_mamba3()) return state_update_mamba3(p, call);
+  ssmk_status status = SSMK_OK;
+  if (state_update_tied(p, call, &status)) return status;
   if (p.state.dtype == DType::kF32) return heads<float>(p, call);
   if (p.state.dtype == DType::kF16) return heads<__half>(p, call);
   return heads<__nv_bfloat16>(p, call);
