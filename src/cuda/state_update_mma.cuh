@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int kGroupInputs = 4 * K / 2;  // words of B or C
   using Words = Pack<Word, kWords>;
   using Inputs = Pack<Word, K / 2>;  // of B or C, beside a pack of states
-  start_next();
+  begin();
 
   const uint32_t flags = p.flags;
   const int lane = threadIdx.x & 31, r = lane >> 2, q = lane & 3;
@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const char *const B_at = at(p.B, b, group), *const C_at = at(p.C, b, group);
   const char *from =
       p.state + int64_t(head) * p.state_head + (safe * kRowWords + q * kWords) * int(sizeof(Word));
-  wait_with(slot_at, dt_at, bias_at, A_at, D_at, x_at, z_at, B_at, C_at, from);
 
   const int tokens = int(count_of(p.num_tokens, b, p.ntokens));
   const auto store_out = [&](int t, const float (&y)[kRows]) {
@@ -228,26 +227,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (before) y[i][t] = fmaf(decay[j], y[i][t], both * v[j][i]);
     }
 
-  const auto store_outputs = [&] {
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const int token = q * 2 + t;
-      float result[kRows];
+  for (int t = 0; t < 2; ++t) {
+    const int token = q * 2 + t;
+    float result[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float own = widen((q & 1) ? x[2 + t].v[i] : x[t].v[i]);
-        // Without D not 0 x: x may be infinite.
-        const float skip = __fmul_rn(either_value<X>(D_bits, flags & kWideD), own);
-        if (flags & kHasD) y[i][t] += skip;
-        const float gate = silu(widen(z[t].v[i]));
-        if (flags & kHasZ) y[i][t] *= gate;
-        result[i] = token < tokens && !slots.pad ? y[i][t] : 0.0f;
-      }
-      if (stores && token < p.ntokens) store_out(token, result);
+    for (int i = 0; i < kRows; ++i) {
+      const float own = widen((q & 1) ? x[2 + t].v[i] : x[t].v[i]);
+      // Without D not 0 x: x may be infinite.
+      const float skip = __fmul_rn(either_value<X>(D_bits, flags & kWideD), own);
+      if (flags & kHasD) y[i][t] += skip;
+      const float gate = silu(widen(z[t].v[i]));
+      if (flags & kHasZ) y[i][t] *= gate;
+      result[i] = token < tokens && !slots.pad ? y[i][t] : 0.0f;
     }
-  };
+    if (stores && token < p.ntokens) store_out(token, result);
+  }
   if (tokens == 0) {
-    store_outputs();
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
 #pragma unroll
@@ -310,7 +306,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       keep(i, g, words);
     }
   }
-  store_outputs();
 }
 
 }  // namespace ssmk::cuda

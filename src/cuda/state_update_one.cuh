@@ -9,9 +9,31 @@
 
 namespace ssmk::cuda {
 
+// Sums over the lanes of a row, for kRows rows at once: each step halves the rows that a lane still
+// carries, and every row is added up as a butterfly would.  y then starts with the sums of rows
+// lane * kRows / kLanes and following, as many as there are for a lane, at least one.
+template <int kLanes, int kRows>
+__device__ __forceinline__ void spread_sums(float (&y)[kRows], int lane) {
+  int rows = kRows;
+#pragma unroll
+  for (int off = kLanes / 2; off; off /= 2) {
+    const bool upper = lane & off;
+    rows /= 2;
+    if (rows == 0) {
+      y[0] += __shfl_xor_sync(~0u, y[0], off);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+      const float sent = upper ? y[i] : y[i + rows], kept = upper ? y[i + rows] : y[i];
+      y[i] = kept + __shfl_xor_sync(~0u, sent, off);
+    }
+  }
+}
+
 // S: states.  X: x, z, B, C and out.  A row of states is spread over 2^kLogLanes threads, kChunks
 // packs in each; a thread has kRows rows, one after another.  kBlocks: that should fit a
-// multiprocessor.  headdim is a multiple of kRows.
+// multiprocessor.  headdim is a multiple of kRows.  threadIdx.y: heads of a block.
 template <class S, class X, int kLogLanes, int kChunks, int kRows, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     update_one(const __grid_constant__ TiedProblem p) {
@@ -19,15 +41,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   start_next();
   const uint32_t flags = p.flags;
   const int lane = threadIdx.x & (kLanes - 1);
-  const int row0 = (blockIdx.x * (kThreads >> kLogLanes) + (threadIdx.x >> kLogLanes)) * kRows;
-  const int head = p.first_head + blockIdx.y, b = p.first_batch + blockIdx.z;
+  const int row0 = (blockIdx.x * (blockDim.x >> kLogLanes) + (threadIdx.x >> kLogLanes)) * kRows;
+  const int head = p.first_head + blockIdx.y * blockDim.y + threadIdx.y,
+            b = p.first_batch + blockIdx.z;
   const int group = group_of(p, head);
-  // The row whose output this lane stores.
-  static_assert(kRows <= kLanes, "sums are spread over the lanes");
-  constexpr int kShare = kLanes / kRows;
+  // The rows whose outputs this lane stores: kOwn of them, at row0 + own.
+  constexpr int kShare = kLanes > kRows ? kLanes / kRows : 1;
+  constexpr int kOwn = kRows > kLanes ? kRows / kLanes : 1;
   const bool here = row0 < p.headdim;
   // Rows past the end read the first ones, and are not stored.
-  const int safe = here ? row0 : 0, own = lane / kShare;
+  const int safe = here ? row0 : 0, own = lane * kRows / kLanes;
 
   const char *const slot_at = p.in.data + int64_t(b) * p.in.batch;
   const char *const dt_at = at(p.dt, b, head), *const bias_at = at(p.dt_bias, head);
@@ -46,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const uint32_t A_bits = load_either(A_at, flags & kWideA);
   const uint32_t D_bits = load_either(D_at, flags & kWideD);
   const Pack<X, kRows> xs = load_pack<X, kRows>(x_at);
-  const X z = *z_at;
+  const Pack<X, kOwn> own_x = load_pack<X, kOwn>(x_at + own), z = load_pack<X, kOwn>(z_at);
   Pack<X, K> Bs[kChunks], Cs[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -87,19 +110,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       store_pack_once_if(keeps, keep + r * kRow + c * kLanes * K, narrow_pack<S>(h));
     }
   }
-  sum_lanes<kRows>(y, lane, kLanes);
-  float own_x = x[0];
+  spread_sums<kLanes>(y, lane);
+  float results[kOwn];
 #pragma unroll
-  for (int r = 1; r < kRows; ++r)
-    if (own == r) own_x = x[r];
-  // Without D not 0 x: x may be infinite.
-  const float skip = __fmul_rn(either_value<X>(D_bits, flags & kWideD), own_x);
-  if (flags & kHasD) y[0] += skip;
-  const float gate = silu(widen(z));
-  if (flags & kHasZ) y[0] *= gate;
-  if (slots.pad) y[0] = 0.0f;
+  for (int i = 0; i < kOwn; ++i) {
+    // Without D not 0 x: x may be infinite.
+    const float skip = __fmul_rn(either_value<X>(D_bits, flags & kWideD), widen(own_x.v[i]));
+    if (flags & kHasD) y[i] += skip;
+    const float gate = silu(widen(z.v[i]));
+    if (flags & kHasZ) y[i] *= gate;
+    results[i] = slots.pad ? 0.0f : y[i];
+  }
   if (here && (lane & (kShare - 1)) == 0)
-    reinterpret_cast<X *>(const_cast<char *>(at(p.out, b, head)))[row0 + own] = narrow<X>(y[0]);
+    store_pack(reinterpret_cast<X *>(const_cast<char *>(at(p.out, b, head))) + row0 + own,
+               narrow_pack<X>(results));
 }
 
 }  // namespace ssmk::cuda

@@ -112,13 +112,22 @@ constexpr int one_blocks(int threads, int rows, int chunks, bool half) {
   return 65536 / (threads * registers);
 }
 
+// kThreads: of a block, for as many rows of a head as that makes; where heads have fewer, a block
+// is for several.
 template <class S, class X, int kLogLanes, int kChunks, int kRows, int kThreads>
 ssmk_status run_one(const TiedProblem &p, const StateUpdateProblem &q, const Call &call) {
-  const int64_t rows = int64_t(kThreads >> kLogLanes) * kRows;
+  int64_t threads = kThreads, heads = 1;
+  const auto blocks = [&] {
+    const int64_t rows = (threads >> kLogLanes) * kRows;
+    return (q.headdim + rows - 1) / rows;
+  };
+  const int64_t wanted = (q.headdim << kLogLanes) / kRows;
+  while (threads > 32 && blocks() * threads - wanted >= threads / 2) threads /= 2;
+  while (threads * heads < kThreads && q.nheads % (2 * heads) == 0) heads *= 2;
   return each_grid(p,
                    update_one<S, X, kLogLanes, kChunks, kRows, kThreads,
                               one_blocks(kThreads, kRows, kChunks, dtype_for<S> == DType::kF16)>,
-                   (q.headdim + rows - 1) / rows, q.nheads, q.batch, kThreads, 0, call);
+                   blocks(), q.nheads, q.batch, dim3(unsigned(threads), unsigned(heads)), 0, call);
 }
 
 // Four rows a thread where there is enough work to fill the chip all the same: what a thread
@@ -126,16 +135,15 @@ ssmk_status run_one(const TiedProblem &p, const StateUpdateProblem &q, const Cal
 template <class S, class X, int kLogLanes, int kChunks>
 bool pick_one(const TiedProblem &p, const StateUpdateProblem &q, const Call &call,
               ssmk_status *status) {
-  constexpr int kLanes = 1 << kLogLanes;
-  if constexpr (kLanes >= 4 && kChunks == 1) {
-    const int64_t blocks = q.batch * q.nheads * q.headdim * kLanes / (4 * 64);
+  if constexpr (kChunks == 1) {
+    const int64_t blocks = (q.batch * q.nheads * q.headdim << kLogLanes) / (4 * 64);
     if (blocks >= kManyBlocks && rows_fit(q, 4)) {
       *status = run_one<S, X, kLogLanes, kChunks, 4, 64>(p, q, call);
       return true;
     }
   }
   if (!rows_fit(q, 2)) return false;
-  *status = run_one<S, X, kLogLanes, kChunks, 2, 128>(p, q, call);
+  *status = run_one<S, X, kLogLanes, kChunks, 2, kChunks == 1 ? 128 : 64>(p, q, call);
   return true;
 }
 
@@ -162,9 +170,9 @@ bool one(const TiedProblem &p, const StateUpdateProblem &q, const Call &call, ss
 
 constexpr int kMmaThreads = 128;
 
-// Registers that the states of a lane, and B and C beside them, leave room for.
-constexpr int mma_blocks(int words) {
-  return words <= 16 ? 6 : words <= 32 ? 4 : words <= 64 ? 3 : 2;
+// Blocks that leave room for the states of a lane, and B and C beside them.
+constexpr int mma_blocks(int words, bool wide) {
+  return words <= 16 ? 6 : words <= 32 ? (wide ? 5 : 4) : words <= 64 ? 3 : 2;
 }
 
 template <class S, int kWords, int kGroups, int kRows>
@@ -173,8 +181,9 @@ ssmk_status run_mma(const TiedProblem &p, const StateUpdateProblem &q, const Cal
   const int64_t tiles = (q.headdim + 8 * kRows - 1) / (8 * kRows);
   int64_t warps = kMmaThreads / 32;
   while (tiles % warps) --warps;
-  return each_grid(p, update_mma<S, kWords, kGroups, kRows, kMmaThreads, mma_blocks(kStates)>,
-                   tiles / warps, q.nheads, q.batch, int(32 * warps), 0, call);
+  return each_grid(
+      p, update_mma<S, kWords, kGroups, kRows, kMmaThreads, mma_blocks(kStates, sizeof(S) == 4)>,
+      tiles / warps, q.nheads, q.batch, int(32 * warps), 0, call);
 }
 
 template <class S>
