@@ -4,7 +4,7 @@
 import torch
 
 import ssmk
-from test_cuda import OPERATIONS, VARIANTS, arguments
+from test_cuda import OPERATIONS, VARIANTS, arguments, conv_arguments, conv_variants
 
 
 def calls():
@@ -29,6 +29,9 @@ def calls():
                 yield operation, state_name, longer, a
                 counts = torch.arange(len(slots), device="cuda")
                 yield operation, state_name, longer, {**a, "cache_seqlens": counts}
+    for v in conv_variants():
+        if v["batch"] < 1000:
+            yield "causal_conv1d_update", "conv_state", *conv_arguments(torch, v)
 
 
 def main():

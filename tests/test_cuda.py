@@ -404,19 +404,45 @@ def conv_variants():
         yield dict(
             x=x, state=pick(x, x, "float32"), weight=pick(x, x, "float32"), width=width,
             bias=pick(None, x, "float32"), length=pick(width - 1, width - 1, width, width + 3),
-            T=pick(None, 1, 2, 3, 4, 7, 8), last=pick(True, False), batch=pick(1, 3, 9, 300),
+            T=pick(None, 1, 2, 3, 4, 7, 8), last=pick(True, False), batch=pick(1, 3, 9, 1100),
             dim=pick(520, 516, 301), by_input=pick(False, True), counts=pick(False, False, True),
             out=pick(False, False, True), wide=pick(False, True), silu=pick(False, True),
         )
 
 
-def test_every_kernel_of_the_convolution_gives_the_same_bits(torch):
-    """Packed tensors, tensors with gaps, and an output of another dtype are three kernels."""
-    generator = torch.Generator("cuda").manual_seed(0)
+def conv_arguments(torch, v, seed=0):
+    """(conv_state, the other arguments without out) of one of conv_variants()."""
+    generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape, dtype):
         room = torch.randn(shape, generator=generator, device="cuda")
         return room.to(getattr(torch, dtype))
+
+    batch, dim, T = v["batch"], v["dim"], v["T"]
+    entries = 2 * batch + 1
+    shape = (batch, dim) if T is None else (batch, T, dim) if v["last"] else (batch, dim, T)
+    state = normal(entries, dim, v["length"], dtype=v["state"])
+    if v["by_input"]:
+        state = state.swapaxes(1, 2).contiguous().swapaxes(1, 2)
+    index = torch.int64 if v["wide"] else torch.int32
+    slots = torch.randperm(entries, generator=generator, device="cuda").to(index)
+    a = dict(x=normal(*shape, dtype=v["x"]), weight=normal(dim, v["width"], dtype=v["weight"]),
+             activation="silu" if v["silu"] else None, state_indices=slots[:batch])
+    if v["bias"]:
+        a["bias"] = normal(dim, dtype=v["bias"])
+    if T is not None:
+        a["channels_last"] = v["last"]
+    if v["counts"]:
+        a["num_tokens"] = torch.arange(batch, device="cuda").to(index) % ((T or 1) + 1)
+    if v["out"]:
+        a["state_indices_out"] = slots[batch : 2 * batch]
+    if batch > 2:
+        a["state_indices"][2] = -1
+    return state, a
+
+
+def test_every_kernel_of_the_convolution_gives_the_same_bits(torch):
+    """Packed tensors, tensors with gaps, and an output of another dtype are three kernels."""
 
     def spread(tensor):
         room = torch.full((*tensor.shape, 2), float("nan"), device="cuda").to(tensor.dtype)
@@ -424,43 +450,21 @@ def test_every_kernel_of_the_convolution_gives_the_same_bits(torch):
         return room[..., 1]
 
     for v in conv_variants():
-        batch, dim, T = v["batch"], v["dim"], v["T"]
-        entries = 2 * batch + 1
-        shape = (batch, dim) if T is None else (batch, T, dim) if v["last"] else (batch, dim, T)
-        state = normal(entries, dim, v["length"], dtype=v["state"])
-        index = torch.int64 if v["wide"] else torch.int32
-        slots = torch.randperm(entries, generator=generator, device="cuda").to(index)
-        a = dict(x=normal(*shape, dtype=v["x"]), weight=normal(dim, v["width"], dtype=v["weight"]),
-                 activation="silu" if v["silu"] else None, state_indices=slots[:batch])
-        if v["bias"]:
-            a["bias"] = normal(dim, dtype=v["bias"])
-        if T is not None:
-            a["channels_last"] = v["last"]
-        if v["counts"]:
-            a["num_tokens"] = torch.arange(batch, device="cuda").to(index) % ((T or 1) + 1)
-        if v["out"]:
-            a["state_indices_out"] = slots[batch : 2 * batch]
-        if batch > 2:
-            a["state_indices"][2] = -1
-        other = "float32" if v["x"] != "float32" else "bfloat16"
+        state, a = conv_arguments(torch, v)
+        narrow = torch.bfloat16 if v["x"] == "float32" else a["x"].dtype
         results = []
         for kind in ("packed", "gaps", "dtype"):
-            after = state.clone()
-            if v["by_input"]:
-                after = after.swapaxes(1, 2).contiguous().swapaxes(1, 2)
-            out = torch.full_like(a["x"], float("nan"))
-            b = a
+            after, out, b = state.clone(), torch.full_like(a["x"], float("nan")), a
             if kind == "gaps":
                 b = {k: spread(t) if torch.is_tensor(t) else t for k, t in a.items()}
                 after, out = spread(after), spread(out)
             elif kind == "dtype":
-                out = out.to(getattr(torch, other))
+                out = out.to(torch.bfloat16 if v["x"] == "float32" else torch.float32)
             ssmk.causal_conv1d_update(conv_state=after, out=out, **b)
             results.append((out, after))
         (out, after), (gaps_out, gaps_after), (any_out, any_after) = results
         same(gaps_out, out, f"{v}: out, with gaps")
         same(gaps_after, after, f"{v}: conv_state, with gaps")
-        narrow = torch.bfloat16 if other == "bfloat16" else out.dtype
         same(any_out.to(narrow), out.to(narrow), f"{v}: out of another dtype")
         same(any_after, after, f"{v}: conv_state, out of another dtype")
         assert torch.isfinite(out).all()

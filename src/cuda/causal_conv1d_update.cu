@@ -171,8 +171,10 @@ ssmk_status launch_channels(const ConvUpdateCall &c, bool ring, const Call &call
 
 // ---- Several channels a thread
 
-constexpr int kSome = 4, kMany = 8;       // channels
-constexpr int64_t kFetchAhead = 1 << 17;  // values of a token, up to which memory waits for us
+constexpr int kSome = 4, kMany = 8;  // channels
+// Values of a token: up to the first the memory has time to fetch ahead, from the second on it is
+// what is waited for.
+constexpr int64_t kFewValues = 1 << 17, kManyValues = 1 << 19;
 
 // How a problem is packed, if it is.
 struct Packing {
@@ -195,7 +197,7 @@ bool runs_along(const View<Rank> &v, int axis, int64_t count) {
 Packing packing_of(const CausalConv1dUpdateProblem &p, ConvUpdateCall *c) {
   Packing packing;
   const View<3> &s = p.conv_state;
-  if (p.batch > int64_t(kPackedRows) * kMostRowBlocks) return packing;
+  if (p.batch > kMostRowBlocks) return packing;
   if (p.cache_seqlens.given() || p.pad.entries == 0 || p.width < 2 || p.width > 4) return packing;
   if (p.state_len != p.width - 1 && (p.width != 4 || p.state_len != 4)) return packing;
   // Weights and bias
@@ -223,8 +225,8 @@ Packing packing_of(const CausalConv1dUpdateProblem &p, ConvUpdateCall *c) {
   c->quads = p.ntokens % 4 == 0 && runs_along(x, 2, 4) && runs_along(out, 2, 4);
   packing.some = p.dim % kSome == 0 && state_aligned(kSome) &&
                  (c->quads || (runs_along(x, 1, kSome) && runs_along(out, 1, kSome)));
-  packing.many = p.dim % kMany == 0 && state_aligned(kMany) && runs_along(x, 1, kMany) &&
-                 runs_along(out, 1, kMany);
+  packing.many = p.dim % kMany == 0 && p.dim * p.batch >= kManyValues && state_aligned(kMany) &&
+                 runs_along(x, 1, kMany) && runs_along(out, 1, kMany);
   return packing;
 }
 
@@ -232,7 +234,7 @@ Packing packing_of(const CausalConv1dUpdateProblem &p, ConvUpdateCall *c) {
 template <class X, class S, class W, int kWidth, int kLength, bool kByChannel>
 ssmk_status launch_packed(const ConvUpdateCall &c, bool many, const Call &call) {
   const auto go = [&](auto kernel, int channels) {
-    const int rows = c.batch < kPackedRows ? c.batch : kPackedRows;
+    const int most = c.ahead ? 2 : kPackedRows, rows = c.batch < most ? c.batch : most;
     const dim3 grid(unsigned((c.dim + kLanes * channels - 1) / (kLanes * channels)),
                     unsigned((c.batch + rows - 1) / rows));
     return launch(call, kernel, grid, dim3(kLanes, unsigned(rows)), 0, c);
@@ -240,7 +242,7 @@ ssmk_status launch_packed(const ConvUpdateCall &c, bool many, const Call &call) 
   // Threads with many channels keep more of the memory busy; in a small call more threads end
   // sooner.
   if constexpr (std::is_same_v<X, W> && sizeof(S) == 2 && kWidth == 4)
-    if (many && c.ntokens == 1 && !c.ahead)
+    if (many && c.ntokens == 1)
       return go(packed_step<X, S, W, kWidth, kLength, kByChannel, kMany, 1>, kMany);
   if constexpr (kWidth == 4)
     if (c.ntokens == 1)
@@ -268,7 +270,7 @@ ssmk_status launch_layout(const ConvUpdateCall &c, const Packing &packing, const
 template <class X, class S>
 ssmk_status launch_typed(const CausalConv1dUpdateProblem &p, ConvUpdateCall *c, const Call &call) {
   const Packing packing = packing_of(p, c);
-  c->ahead = p.dim * p.batch <= kFetchAhead;
+  c->ahead = p.dim * p.batch <= kFewValues;
   const bool same_weights = p.weight.dtype == p.x.dtype;
   if constexpr (std::is_same_v<X, S>)
     if (packing.some && same_weights) return launch_layout<X, S, X>(*c, packing, call);

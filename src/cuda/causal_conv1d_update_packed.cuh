@@ -18,7 +18,7 @@
 namespace ssmk::cuda {
 
 constexpr int kLanes = 32;
-constexpr int kPackedRows = 8;  // of the batch in a block, a warp each
+constexpr int kPackedRows = 4;  // of the batch in a block, a warp each
 
 // N words side by side, aligned to as many bytes as divide them, up to 16.
 template <int N>
@@ -186,9 +186,14 @@ struct ConvState {
   }
 };
 
+// Blocks on a multiprocessor, as far as the words that a thread holds leave room for them.
+constexpr int packed_blocks(int words, int tokens) { return tokens == 1 && words <= 36 ? 8 : 1; }
+
 // kTokens: how many are loaded at a time; 1: there is no more than one.
 template <class X, class S, class W, int kWidth, int kLength, bool kByChannel, int C, int kTokens>
-__global__ void __launch_bounds__(kPackedRows *kLanes)
+__global__ void __launch_bounds__(
+    kPackedRows *kLanes,
+    packed_blocks(C *int(kLength * sizeof(S) + (kWidth + 1) * sizeof(W) + sizeof(X)) / 4, kTokens))
     packed_step(const __grid_constant__ ConvUpdateCall p) {
   using State = ConvState<S, kLength, kByChannel, C>;
   constexpr int kIn = C * int(sizeof(X)) / 4, kBias = C * int(sizeof(W)) / 4;  // words
@@ -264,55 +269,62 @@ __global__ void __launch_bounds__(kPackedRows *kLanes)
     load_state(guess);
   }
 
+  // The taps, and of each channel the inputs before the next token
+  float taps[C][kWidth], window[C][kWidth];
+#pragma unroll
+  for (int j = 0; j < C; ++j) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) taps[j][k] = element<W>(weight, j * kWidth + k);
+#pragma unroll
+    for (int k = 0; k + 1 < kWidth; ++k)
+      window[j][k] = element<S>(state.words, State::place(j, kLength - (kWidth - 1) + k));
+  }
   char *const out_at = p.out + row * p.out_row + int64_t(c) * p.out_channel;
   for (int t0 = 0; t0 < (kTokens == 1 ? 1 : p.ntokens); t0 += kTokens) {
     if (kTokens > 1 && t0 > 0) load_tokens(t0);
     if (kQuads && p.quads) transpose<X, C>(x);
-    uint32_t y[kTokens * kIn];
+    uint32_t y[kTokens * kIn] = {};
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
-      if (kTokens > 1 && t0 + u >= p.ntokens) break;
+      if (t0 + u >= step.tokens) break;
       const uint32_t *const now = x + u * kIn;
+      float sum[C];
 #pragma unroll
-      for (int k = 0; k < kIn; ++k) y[u * kIn + k] = 0;
-      if (t0 + u < step.tokens) {
-        float sum[C];
+      for (int j = 0; j < C; ++j) {
+        window[j][kWidth - 1] = element<X>(now, j);
+        sum[j] = element<W>(bias, j);
 #pragma unroll
-        for (int j = 0; j < C; ++j) {
-          sum[j] = element<W>(bias, j);
+        for (int k = 0; k < kWidth; ++k) sum[j] = fmaf(taps[j][k], window[j][k], sum[j]);
 #pragma unroll
-          for (int k = 0; k < kWidth; ++k) {
-            constexpr int kNewest = kWidth - 1;
-            const int i = k < kNewest ? kLength - kNewest + k : 0;
-            const float input =
-                k < kNewest ? element<S>(state.words, State::place(j, i)) : element<X>(now, j);
-            sum[j] = fmaf(element<W>(weight, j * kWidth + k), input, sum[j]);
-          }
-        }
-        if (p.silu) {
-#pragma unroll
-          for (int j = 0; j < C; ++j) sum[j] = conv_silu(sum[j]);
-        }
-#pragma unroll
-        for (int k = 0; k < kIn; ++k) {
-          if constexpr (sizeof(X) == 4) {
-            y[u * kIn + k] = __float_as_uint(sum[k]);
-          } else {
-            y[u * kIn + k] = narrow_two<X>(sum[2 * k], sum[2 * k + 1]);
-          }
-        }
-        state.template push<X>(now);
+        for (int k = 0; k + 1 < kWidth; ++k) window[j][k] = window[j][k + 1];
       }
-      if (mine && !(kQuads && p.quads))
-        store_words<false, kIn>(out_at + int64_t(t0 + u) * p.out_token, y + u * kIn);
+      if (p.silu) {
+#pragma unroll
+        for (int j = 0; j < C; ++j) sum[j] = conv_silu(sum[j]);
+      }
+#pragma unroll
+      for (int k = 0; k < kIn; ++k) {
+        if constexpr (sizeof(X) == 4) {
+          y[u * kIn + k] = __float_as_uint(sum[k]);
+        } else {
+          y[u * kIn + k] = narrow_two<X>(sum[2 * k], sum[2 * k + 1]);
+        }
+      }
+      state.template push<X>(now);
     }
-    if (kQuads && p.quads && mine) {
+    if (kQuads && p.quads) {
       transpose<X, C>(y);
 #pragma unroll
       for (int j = 0; j < C; ++j)
-        store_words<false, kIn>(out_at + int64_t(j) * p.out_channel + t0 * int(sizeof(X)),
-                                y + j * kIn);
+        if (mine)
+          store_words<true, kIn>(out_at + int64_t(j) * p.out_channel + t0 * int(sizeof(X)),
+                                 y + j * kIn);
+      continue;
     }
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u)
+      if (mine && (kTokens == 1 || t0 + u < p.ntokens))
+        store_words<true, kIn>(out_at + int64_t(t0 + u) * p.out_token, y + u * kIn);
   }
 
   if (!step.writes()) return;
