@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Small calls of every path of the CUDA kernels, for compute-sanitizer: a script, not a test."""
 
+import itertools
+
 import torch
 
 import ssmk
@@ -29,7 +31,7 @@ def calls():
                 yield operation, state_name, longer, a
                 counts = torch.arange(len(slots), device="cuda")
                 yield operation, state_name, longer, {**a, "cache_seqlens": counts}
-    for v in conv_variants():
+    for v in itertools.islice(conv_variants(), 40):
         if v["batch"] < 1000:
             yield "causal_conv1d_update", "conv_state", *conv_arguments(torch, v)
 

@@ -187,7 +187,9 @@ struct ConvState {
 };
 
 // Blocks on a multiprocessor, as far as the words that a thread holds leave room for them.
-constexpr int packed_blocks(int words, int tokens) { return tokens == 1 && words <= 36 ? 8 : 1; }
+constexpr int packed_blocks(int words, int tokens) {
+  return tokens > 1 || words > 36 ? 1 : words > 24 ? 7 : 8;
+}
 
 // kTokens: how many are loaded at a time; 1: there is no more than one.
 template <class X, class S, class W, int kWidth, int kLength, bool kByChannel, int C, int kTokens>
