@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Small calls of every path of the CUDA kernels, for compute-sanitizer: a script, not a test."""
 
+import itertools
+
 import torch
 
 import ssmk
-from test_cuda import OPERATIONS, VARIANTS, arguments
+from test_cuda import OPERATIONS, VARIANTS, arguments, conv_arguments, conv_variants
 
 
 def calls():
@@ -29,6 +31,9 @@ def calls():
                 yield operation, state_name, longer, a
                 counts = torch.arange(len(slots), device="cuda")
                 yield operation, state_name, longer, {**a, "cache_seqlens": counts}
+    for v in itertools.islice(conv_variants(), 40):
+        if v["batch"] < 1000:
+            yield "causal_conv1d_update", "conv_state", *conv_arguments(torch, v)
 
 
 def main():

@@ -422,6 +422,108 @@ def test_heads_of_every_size(torch, dstate, headdim, dtype, tokens):
         same(after[kept], state[kept], "the slot of nobody")
 
 
+def test_slots_and_states_that_the_kernel_before_writes(torch, operation):
+    """A kernel may look at them while those before it still run."""
+    state, a = arguments(torch, operation, 5, None, "bfloat16", ())
+    generator = torch.Generator("cuda").manual_seed(1)
+    turns = [torch.randperm(len(state), generator=generator, device="cuda")[:5] for _ in range(12)]
+    turns = [turn.to(torch.int32) for turn in turns]
+    turns[4][2], turns[7][:] = -1, len(state)
+    eager, wants = state.clone(), []
+    for turn in turns:
+        out = fresh(a)
+        torch.cuda.synchronize()
+        call(operation, eager, out, state_indices=turn.clone())
+        torch.cuda.synchronize()
+        wants.append(out["out"])
+    chained, slots, outs = state.clone(), turns[0].clone(), [fresh(a) for _ in turns]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn, out in zip(turns, outs):
+            slots.copy_(turn)
+            call(operation, chained, out, state_indices=slots)
+    graph.replay()
+    torch.cuda.synchronize()
+    for i, (out, want) in enumerate(zip(outs, wants)):
+        same(out["out"], want, f"out of call {i}")
+    same(chained, eager, "state")
+
+
+def conv_variants():
+    """Some of what the kernels of the convolution tell apart."""
+    rng = np.random.default_rng(3)
+    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    for i in range(120):
+        x, width = pick("bfloat16", "float16", "float32"), pick(2, 3, 4, 4, 4, 5)
+        yield dict(
+            x=x, state=pick(x, x, "float32"), weight=pick(x, x, "float32"), width=width,
+            bias=pick(None, x, "float32"), length=pick(width - 1, width - 1, width, width + 3),
+            T=pick(None, 1, 2, 3, 4, 7, 8), last=pick(True, False), batch=pick(1, 3, 9, 1100),
+            dim=pick(520, 516, 301), by_input=pick(False, True), counts=pick(False, False, True),
+            out=pick(False, False, True), wide=pick(False, True), silu=pick(False, True),
+        )
+
+
+def conv_arguments(torch, v, seed=0):
+    """(conv_state, the other arguments without out) of one of conv_variants()."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape, dtype):
+        room = torch.randn(shape, generator=generator, device="cuda")
+        return room.to(getattr(torch, dtype))
+
+    batch, dim, T = v["batch"], v["dim"], v["T"]
+    entries = 2 * batch + 1
+    shape = (batch, dim) if T is None else (batch, T, dim) if v["last"] else (batch, dim, T)
+    state = normal(entries, dim, v["length"], dtype=v["state"])
+    if v["by_input"]:
+        state = state.swapaxes(1, 2).contiguous().swapaxes(1, 2)
+    index = torch.int64 if v["wide"] else torch.int32
+    slots = torch.randperm(entries, generator=generator, device="cuda").to(index)
+    a = dict(x=normal(*shape, dtype=v["x"]), weight=normal(dim, v["width"], dtype=v["weight"]),
+             activation="silu" if v["silu"] else None, state_indices=slots[:batch])
+    if v["bias"]:
+        a["bias"] = normal(dim, dtype=v["bias"])
+    if T is not None:
+        a["channels_last"] = v["last"]
+    if v["counts"]:
+        a["num_tokens"] = torch.arange(batch, device="cuda").to(index) % ((T or 1) + 1)
+    if v["out"]:
+        a["state_indices_out"] = slots[batch : 2 * batch]
+    if batch > 2:
+        a["state_indices"][2] = -1
+    return state, a
+
+
+def test_every_kernel_of_the_convolution_gives_the_same_bits(torch):
+    """Packed tensors, tensors with gaps, and an output of another dtype are three kernels."""
+
+    def spread(tensor):
+        room = torch.full((*tensor.shape, 2), float("nan"), device="cuda").to(tensor.dtype)
+        room[..., 1] = tensor
+        return room[..., 1]
+
+    for v in conv_variants():
+        state, a = conv_arguments(torch, v)
+        narrow = torch.bfloat16 if v["x"] == "float32" else a["x"].dtype
+        results = []
+        for kind in ("packed", "gaps", "dtype"):
+            after, out, b = state.clone(), torch.full_like(a["x"], float("nan")), a
+            if kind == "gaps":
+                b = {k: spread(t) if torch.is_tensor(t) else t for k, t in a.items()}
+                after, out = spread(after), spread(out)
+            elif kind == "dtype":
+                out = out.to(torch.bfloat16 if v["x"] == "float32" else torch.float32)
+            ssmk.causal_conv1d_update(conv_state=after, out=out, **b)
+            results.append((out, after))
+        (out, after), (gaps_out, gaps_after), (any_out, any_after) = results
+        same(gaps_out, out, f"{v}: out, with gaps")
+        same(gaps_after, after, f"{v}: conv_state, with gaps")
+        same(any_out.to(narrow), out.to(narrow), f"{v}: out of another dtype")
+        same(any_after, after, f"{v}: conv_state, out of another dtype")
+        assert torch.isfinite(out).all()
+
+
 def test_conv_states_input_by_input(torch):
     """As serving engines keep them: the channels of one input side by side."""
     for variant in VARIANTS.values():
@@ -460,11 +562,35 @@ def test_a_device_that_is_not_there_is_an_error_of_that_call_only(torch):
     assert torch.isfinite(call("causal_conv1d_update", state, a)).all()
 
 
+@pytest.mark.parametrize("T", [None, 2])
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(torch, T):
+    for dtype in ("float32", "bfloat16"):
+        long, time = 40_000, () if T is None else (T,)  # states of a row
+        state, a = arguments(torch, "state_update", 2, T, dtype, ())
+        heads, dtype = state.shape[1], state.dtype
+        before = torch.ones((4, heads, 1, long), dtype=dtype, device="cuda")
+        a.update(x=a["x"][..., :1], z=a["z"][..., :1])
+        a.update(B=torch.ones((2, *time, 1, long), dtype=dtype, device="cuda"))
+        a.update(C=a["B"], out=torch.full_like(a["x"], float("nan")))
+        state = before.clone()
+        expected = rf"state_update: state: dstate must be at most \d+ on CUDA, got {long}"
+        with pytest.raises(NotImplementedError, match=expected):
+            ssmk.state_update(state, **a)
+        assert torch.equal(state, before) and a["out"].isnan().all()
+    state, a = arguments(torch, "state_update", *VARIANTS["one token"])
+    assert torch.isfinite(call("state_update", state, a)).all()
+
+
+# The device is lost by a kernel whose addresses are nowhere.  Both operations have run before, and
+# torch's own calls end once the error is known.
 LOST = """
-import numpy as np, torch, ssmk
-from test_cuda import conv_update, cpu_works
-torch.ones(1, device="cuda")
-assert conv_update()() == ("OK", "")  # its addresses are nowhere: the kernel fails later
+import torch, ssmk
+from test_cuda import OPERATIONS, VARIANTS, arguments, call, conv_update, cpu_works
+good = {name: arguments(torch, name, *VARIANTS["one token"]) for name in OPERATIONS}
+for name, (state, a) in good.items():
+    call(name, state, a)
+torch.cuda.synchronize()
+assert conv_update()() == ("OK", "")  # it fails later, on the device
 try:
     torch.cuda.synchronize()
 except RuntimeError:
@@ -474,6 +600,16 @@ else:
 for _ in range(2):
     status, message = conv_update()()
     assert status == "DEVICE_ERROR" and "cudaErrorIllegalAddress" in message, (status, message)
+    assert conv_update().workspace() == ("OK", "", 0)
+    for name, (state, a) in good.items():
+        try:
+            getattr(ssmk, name)(**{"conv_state" if "conv" in name else "state": state}, **a)
+        except RuntimeError as error:
+            assert str(error).startswith(f"{name}: "), error
+            assert "cudaErrorIllegalAddress" in str(error), error
+        else:
+            raise AssertionError(f"{name} did not notice")
+    ssmk.device_count("cuda")
     cpu_works()
 """
 

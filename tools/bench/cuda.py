@@ -16,6 +16,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -181,6 +182,12 @@ def show(rows, file=sys.stdout):
         )
 
 
+def peer_versions(folder):
+    """The names of what tools/gpu --pack has unpacked, versions in them."""
+    found = sorted(entry.name for entry in folder.glob("*-[0-9]*")) if folder else []
+    return ", ".join(name.replace("-", " ").replace("_", "-") for name in found)
+
+
 def cases(context, only):
     for name in MODULES:
         try:
@@ -221,6 +228,7 @@ def main(arguments=None):
         if options.json:
             machine = {"device": torch.cuda.get_device_name(device), "l2": context.l2,
                        "torch": torch.__version__, "ssmk": ssmk.__version__,
+                       "peers": peer_versions(options.peers), "date": time.strftime("%Y-%m-%d"),
                        "command": "python -m ssmk.bench.cuda"}
             options.json.write_text(
                 json.dumps({"machine": machine, "rows": rows, "skipped": skipped}, indent=1) + "\n")
