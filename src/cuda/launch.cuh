@@ -28,6 +28,11 @@ __device__ __forceinline__ void wait_with(const Pointers *...p) {
 #endif
 }
 
+// Brings memory to the second-level cache: a kernel may do so before it waits.
+__device__ __forceinline__ void fetch(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+}
+
 // The next kernel in the stream may be brought up; it waits for this one's end all the same.
 __device__ __forceinline__ void start_next() {
 #if __CUDA_ARCH__ >= 900
