@@ -5,7 +5,7 @@
 //
 // Memory bounds it: the last inputs are read, moved by the new ones and written back in place.
 //   any_step       a thread a channel; every layout, dtype, width, state length, count and ring
-//   channel_step   the same for widths up to 4 and x and out of one dtype, known when compiling
+//   channel_step   two channels a thread: the same for widths up to 4 and x and out of one dtype
 //   packed_step    a thread several neighbouring channels, whose values lie side by side
 // The sum runs from bias through the taps in order, one fma each, on all: bits depend neither on
 // the layout nor on the rest of the batch, and are those of the CPU's but for silu.
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   }
 }
 
-// ---- A thread a channel
+// ---- Two channels a thread
 
 constexpr int kMostRowBlocks = 65535;  // along a grid's y
 
@@ -148,7 +148,8 @@ inline unsigned row_blocks(int batch, int rows) {
 
 template <class X, class S, bool kRing, bool kWide>
 ssmk_status launch_channels(const ConvUpdateCall &c, const Call &call) {
-  const dim3 grid(unsigned((int64_t(c.dim) + kChannelThreads - 1) / kChannelThreads),
+  constexpr int kBlock = kChannelThreads * kChannelsEach;
+  const dim3 grid(unsigned((int64_t(c.dim) + kBlock - 1) / kBlock),
                   row_blocks(c.batch, 1));
   const dim3 block(kChannelThreads);
   if constexpr (kWide)
