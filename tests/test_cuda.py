@@ -291,7 +291,7 @@ def test_calls_run_on_the_stream_that_is_named_or_current(torch, operation):
     want = call(operation, eager, fresh(a))
     stream = torch.cuda.Stream()
     want.isnan().any()  # loads its kernels, for which the device would be waited for
-    spin = 50_000_000  # cycles that come before the call on its stream, and hold it up
+    spin = 200_000_000  # cycles that come before the call on its stream, and hold it up
     for handle in (None, stream.cuda_stream):
         after, room = state.clone(), fresh(a)
         torch.cuda.synchronize()
