@@ -142,7 +142,16 @@ VARIANTS = {
     "bfloat16": (33, None, "bfloat16", ()),
     "tokens": (4, 3, "float32", ("num_tokens",)),
     "odd": (3, None, "float16", ("odd",)),
+    "many rows": (90, None, "bfloat16", ("float32 state",)),
+    "bfloat16 tokens": (70, 3, "bfloat16", ("num_tokens",)),
+    "tokens of float32 states": (5, 4, "bfloat16", ("num_tokens", "float32 state")),
+    "channels": (300, None, "bfloat16", ("channels",)),
+    "channels, float32 states": (300, None, "bfloat16", ("channels", "float32 state")),
+    "channels, tokens": (150, 3, "bfloat16", ("channels", "num_tokens")),
+    "channels, dstate 128": (40, None, "float16", ("channels", "float32 state", "long")),
 }
+# On these state_update takes tensor cores where the layout allows it: the bits are the layout's.
+TENSOR_CORES = ("bfloat16 tokens", "tokens of float32 states")
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -164,9 +173,20 @@ def arguments(torch, operation, batch, T, dtype, has, entries=None, seed=0):
         a = dict(weight=normal(dim, 4), bias=normal(dim), activation="silu")
         if T is not None:
             a["channels_last"] = True
+    elif "channels" in has:  # Mamba-1
+        dim, dstate = 640, 128 if "long" in has else 16
+        wide = torch.float32 if "float32 state" in has else dtype
+        state = normal(entries, dim, dstate, dtype=wide)
+        x = normal(batch, *time, dim)
+        a = dict(
+            dt=normal(batch, *time, dim) - 2, A=-normal(dim, dstate, dtype=torch.float32).exp(),
+            B=normal(batch, *time, dstate), C=normal(batch, *time, dstate), D=normal(dim),
+            z=normal(*x.shape), dt_bias=normal(dim), dt_softplus=True,
+        )
     else:
         nheads, headdim, dstate = (3, 5, 19) if "odd" in has else (8, 64, 128)
-        state = normal(entries, nheads, headdim, dstate)
+        wide = torch.float32 if "float32 state" in has else dtype
+        state = normal(entries, nheads, headdim, dstate, dtype=wide)
         x = normal(batch, *time, nheads, headdim)
         a = dict(
             dt=normal(batch, *time, nheads) - 2, A=-normal(nheads).float().exp(),
@@ -196,6 +216,16 @@ def bits(tensor):
 def same(got, want, what="out"):
     assert got.shape == want.shape and got.dtype == want.dtype
     assert np.array_equal(bits(got), bits(want)), f"{what}: bits differ"
+
+
+def spread(torch, value):
+    """A tensor of the same values that no kernel takes for packed."""
+    if not torch.is_tensor(value):
+        return value
+    room = torch.full((*value.shape, 3), 0 if not value.is_floating_point() else float("nan"),
+                      device="cuda", dtype=value.dtype)
+    room[..., 1] = value
+    return room[..., 1]
 
 
 def fresh(a):
@@ -261,7 +291,7 @@ def test_calls_run_on_the_stream_that_is_named_or_current(torch, operation):
     want = call(operation, eager, fresh(a))
     stream = torch.cuda.Stream()
     want.isnan().any()  # loads its kernels, for which the device would be waited for
-    spin = 50_000_000  # cycles that come before the call on its stream, and hold it up
+    spin = 200_000_000  # cycles that come before the call on its stream, and hold it up
     for handle in (None, stream.cuda_stream):
         after, room = state.clone(), fresh(a)
         torch.cuda.synchronize()
@@ -351,29 +381,72 @@ def test_pools_past_two_to_the_31_elements(torch, operation):
     assert not pool.view(torch.int16).any(), "other slots were written"
 
 
-@variants
-def test_strided_tensors_give_the_bits_of_packed_ones(torch, operation, variant):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_strided_tensors_give_the_bits_of_packed_ones(torch, operation, name):
     """The general path and the fast ones."""
-    state, a = arguments(torch, operation, *variant)
+    state, a = arguments(torch, operation, *VARIANTS[name])
     packed = state.clone()
     want = call(operation, packed, fresh(a))
-
-    def spread(tensor):
-        room = torch.full((*tensor.shape, 3), float("nan"), device="cuda").to(tensor.dtype)
-        room[..., 1] = tensor
-        return room[..., 1]
-
-    apart = {k: spread(v) if hasattr(v, "is_floating_point") else v for k, v in fresh(a).items()}
-    strided = spread(state)
-    same(call(operation, strided, apart), want)
+    apart = {k: spread(torch, v) for k, v in fresh(a).items()}
+    strided = spread(torch, state)
+    got = call(operation, strided, apart)
+    if operation == "state_update" and name in TENSOR_CORES:
+        near(torch, got, want)
+        return near(torch, strided, packed)
+    same(got, want)
     same(strided, packed, "state")
 
 
-def test_slots_and_states_that_the_kernel_before_writes(torch, operation):
+def near(torch, got, want):
+    """Within a rounding of the dtype, and of float32 sums."""
+    got, want, one = got.double(), want.double(), torch.finfo(want.dtype).eps
+    assert ((got - want).abs() <= one * want.abs() + 1e-5 * want.abs().max()).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("headdim", [6, 48, 64, 80, 96, 192])
+@pytest.mark.parametrize("dstate", [16, 32, 64, 96, 128, 192, 256])
+def test_heads_of_every_size(torch, dstate, headdim, dtype, tokens):
+    """A bfloat16 model's decode against float64, with few rows and with many."""
+    generator = torch.Generator("cuda").manual_seed(dstate * headdim + tokens)
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    nheads, ngroups, f32 = 6, 3, torch.float32
+    A, D, dt_bias = -normal(nheads, dtype=f32).exp(), normal(nheads), normal(nheads, dtype=f32)
+    for batch in (2, 400):
+        x, z = (normal(batch, tokens, nheads, headdim) for _ in range(2))
+        B, C = (normal(batch, tokens, ngroups, dstate) for _ in range(2))
+        dt = normal(batch, tokens, nheads) - 2
+        state = normal(batch + 1, nheads, headdim, dstate, dtype=getattr(torch, dtype))
+        slots = torch.randperm(batch + 1, generator=generator, device="cuda")[:batch]
+        out = torch.full_like(x, float("nan"))
+        h = state[slots].double()
+        after = state.clone()
+        ssmk.state_update(after, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True,
+                          state_indices=slots, out=out)
+        for t in range(tokens):
+            step = torch.nn.functional.softplus(dt[:, t].double() + dt_bias.double())
+            b, c = (v[:, t].double().repeat_interleave(2, 1)[:, :, None] for v in (B, C))
+            h = (step * A.double()).exp()[..., None, None] * h
+            h = h + (step[..., None] * x[:, t].double())[..., None] * b
+            y = (h * c).sum(-1) + D.double()[:, None] * x[:, t].double()
+            near(torch, out[:, t], (y * torch.nn.functional.silu(z[:, t].double())).to(out.dtype))
+        near(torch, after[slots], h.to(after.dtype))
+        kept = torch.ones(batch + 1, dtype=torch.bool, device="cuda")
+        kept[slots] = False
+        same(after[kept], state[kept], "the slot of nobody")
+
+
+@pytest.mark.parametrize("batch, has", [(5, ()), (5, ("channels",)), (300, ("channels",))])
+def test_slots_and_states_that_the_kernel_before_writes(torch, operation, batch, has):
     """A kernel may look at them while those before it still run."""
-    state, a = arguments(torch, operation, 5, None, "bfloat16", ())
+    state, a = arguments(torch, operation, batch, None, "bfloat16", has)
     generator = torch.Generator("cuda").manual_seed(1)
-    turns = [torch.randperm(len(state), generator=generator, device="cuda")[:5] for _ in range(12)]
+    turns = [torch.randperm(len(state), generator=generator, device="cuda") for _ in range(12)]
+    turns = [turn[:batch] for turn in turns]
     turns = [turn.to(torch.int32) for turn in turns]
     turns[4][2], turns[7][:] = -1, len(state)
     eager, wants = state.clone(), []
@@ -469,6 +542,50 @@ def test_every_kernel_of_the_convolution_gives_the_same_bits(torch):
         same(any_out.to(narrow), out.to(narrow), f"{v}: out of another dtype")
         same(any_after, after, f"{v}: conv_state, out of another dtype")
         assert torch.isfinite(out).all()
+
+
+SLOTS = ("intermediate states", "a slot a token", "accepted choices", "other slots", "kept states")
+
+
+@pytest.mark.parametrize("kind", SLOTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("channels")])
+def test_channels_of_many_rows_give_the_bits_of_strided_ones(torch, variant, kind):
+    """Mamba-1, in kernels that walk along the batch, with whatever can be asked of slots."""
+    batch, _, dtype, has = VARIANTS[variant]
+    T, entries = 3, 4 * batch
+    state, a = arguments(torch, "state_update", batch, T, dtype, {*has, "num_tokens"}, entries)
+    generator = torch.Generator("cuda").manual_seed(1)
+    order = torch.randperm(entries, generator=generator, device="cuda")
+    pads = torch.arange(batch, device="cuda") % 7 == 3
+    accepted = torch.arange(batch, device="cuda") % (T + 2)
+    room = torch.empty(0, device="cuda")
+    if kind == "intermediate states":
+        rows = torch.randperm(batch, generator=generator, device="cuda")
+        room = torch.randn((batch, T, *state.shape[1:]), generator=generator, device="cuda")
+        room = room.to(state.dtype)
+        more = dict(intermediate_indices=rows.masked_fill(pads, -1), num_accepted_tokens=accepted)
+    elif kind == "a slot a token":
+        to = order[batch:].view(batch, T).clone()
+        to[pads] = -1
+        more = dict(state_indices=order[:batch], state_indices_out=to)
+    elif kind == "accepted choices":
+        more = dict(state_indices=order.view(batch, 4), num_accepted_tokens=accepted)
+    elif kind == "other slots":
+        to = order[batch : 2 * batch].masked_fill(pads, entries)
+        more = dict(state_indices=order[:batch], state_indices_out=to)
+    else:
+        more = dict(keep_state=True)
+    results = []
+    for place in (torch.Tensor.clone, lambda v: spread(torch, v)):
+        after, kept = place(state), place(room)
+        if len(room):
+            more["intermediate_states"] = kept
+        b = {k: place(v) if torch.is_tensor(v) else v for k, v in fresh(a).items()}
+        results.append((call("state_update", after, b, **more), after, kept))
+    for got, want, what in zip(*results, ("out", "state", "intermediate_states")):
+        same(got, want, what)
+    moved = kind not in ("kept states", "intermediate states")
+    assert not moved or not torch.equal(results[0][1], state)
 
 
 def test_conv_states_input_by_input(torch):

@@ -105,10 +105,6 @@ __device__ __forceinline__ void transpose(uint32_t *words) {
   for (int w = 0; w < N * N / kOf; ++w) words[w] = to[w];
 }
 
-__device__ __forceinline__ void fetch(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
-}
-
 // kLength inputs of C channels in words, and where a warp keeps them in shared memory: a lane's at
 // an odd distance from the next one's, in parts of C values, so that access both lane by lane and
 // part by part meets no bank twice.

@@ -77,6 +77,24 @@ class Ceilings:
 
         return Contender(kind, run)
 
+    def through_slots(self, name, nbytes, slots):
+        """The same for a pool: a slot after another, as slots[i] (int32, on the device) of set i
+        name them."""
+        torch, batch = self.torch, len(slots[0])
+        each = -(-nbytes // (2 * 16 * batch)) * 16
+        rooms = [torch.zeros(batch * each, dtype=torch.uint8, device=self.device) for _ in slots]
+        index = self.device.index or 0
+
+        def run(i):
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+            status = self.library.ceiling_update_slots(
+                ctypes.c_void_p(rooms[i].data_ptr()), ctypes.c_size_t(each),
+                ctypes.c_void_p(slots[i].data_ptr()), ctypes.c_uint(batch), index, stream)
+            if status:
+                raise RuntimeError("the ceiling through slots could not be launched")
+
+        return Contender(name, run)
+
 
 class Context:
     """What cases are made from."""

@@ -17,12 +17,16 @@ HEADS = (
       for n in (16, 32, 64, 96, 256) for dtype in ("bfloat16", "float32")),
 )
 HEADDIM = 64
-# dim, dstate, dtype of the state, batches
+# dim, dstate, dtype of the state, batches, tokens
 CHANNELS = (
-    (5120, 16, "float32", (1, 16, 128, 512)),
-    (5120, 16, "bfloat16", (1, 16, 128, 512)),
-    (1536, 16, "float32", (128,)),
-    (1536, 128, "float32", (128,)),
+    (5120, 16, "float32", (1, 16, 128, 512), 1),
+    (5120, 16, "bfloat16", (1, 16, 128, 512), 1),
+    (1536, 16, "float32", (128,), 1),
+    (1536, 128, "float32", (128,), 1),
+    (1536, 16, "bfloat16", (128,), 1),
+    (1536, 128, "bfloat16", (128,), 1),
+    (5120, 16, "float32", (1, 16, 128, 512), 4),
+    (5120, 16, "bfloat16", (1, 16, 128, 512), 4),
 )
 TOLERANCE = 2e-2
 
@@ -35,11 +39,12 @@ def cases(context, only):
             if only.search(name):
                 shape = (nheads, HEADDIM)
                 yield case(context, name, shape, ngroups, dstate, dtype, batch, tokens)
-    for dim, dstate, dtype, batches in CHANNELS:
+    for dim, dstate, dtype, batches, tokens in CHANNELS:
         for batch in batches:
-            name = f"state_update Mamba-1, dim {dim}, dstate {dstate}, {dtype} state, batch {batch}"
+            name = f"state_update Mamba-1, dim {dim}, dstate {dstate}, {dtype} state"
+            name += f", {tokens} tokens, batch {batch}"
             if only.search(name):
-                yield case(context, name, (dim,), None, dstate, dtype, batch, 1)
+                yield case(context, name, (dim,), None, dstate, dtype, batch, tokens)
 
 
 def expected(torch, state, x, dt, A, B, C, D, z, dt_bias, slots):
