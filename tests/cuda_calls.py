@@ -13,7 +13,7 @@ def calls():
     for operation in OPERATIONS:
         state_name = "conv_state" if operation == "causal_conv1d_update" else "state"
         for batch, T, dtype, has in VARIANTS.values():
-            most = 150 if "channels" in has else 9  # a kernel of its own for many rows
+            most = batch if "channels" in has else 9  # kernels of their own for many rows
             state, a = arguments(torch, operation, min(batch, most), T, dtype, has)
             entries = len(state)
             yield operation, state_name, state, a

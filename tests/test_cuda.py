@@ -146,7 +146,9 @@ VARIANTS = {
     "bfloat16 tokens": (70, 3, "bfloat16", ("num_tokens",)),
     "tokens of float32 states": (5, 4, "bfloat16", ("num_tokens", "float32 state")),
     "channels": (300, None, "bfloat16", ("channels",)),
+    "channels, many rows": (1500, None, "bfloat16", ("channels",)),
     "channels, float32 states": (300, None, "bfloat16", ("channels", "float32 state")),
+    "channels, many float32 rows": (1500, None, "bfloat16", ("channels", "float32 state")),
     "channels, tokens": (150, 3, "bfloat16", ("channels", "num_tokens")),
     "channels, dstate 128": (40, None, "float16", ("channels", "float32 state", "long")),
 }
