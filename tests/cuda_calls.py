@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Small calls of every path of the CUDA kernels, for compute-sanitizer: a script, not a test."""
 
+import itertools
+
 import torch
 
 import ssmk
-from test_cuda import OPERATIONS, VARIANTS, arguments
+from test_cuda import OPERATIONS, VARIANTS, arguments, conv_arguments, conv_variants
 
 
 def calls():
     for operation in OPERATIONS:
         state_name = "conv_state" if operation == "causal_conv1d_update" else "state"
         for batch, T, dtype, has in VARIANTS.values():
-            state, a = arguments(torch, operation, min(batch, 9), T, dtype, has)
+            most = batch if "channels" in has else 9  # kernels of their own for many rows
+            state, a = arguments(torch, operation, min(batch, most), T, dtype, has)
             entries = len(state)
             yield operation, state_name, state, a
             pads = torch.tensor([-1, entries, 2**31 - 1], dtype=torch.int32, device="cuda")
@@ -29,6 +32,9 @@ def calls():
                 yield operation, state_name, longer, a
                 counts = torch.arange(len(slots), device="cuda")
                 yield operation, state_name, longer, {**a, "cache_seqlens": counts}
+    for v in itertools.islice(conv_variants(), 40):
+        if v["batch"] < 1000:
+            yield "causal_conv1d_update", "conv_state", *conv_arguments(torch, v)
 
 
 def main():

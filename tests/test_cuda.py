@@ -142,7 +142,18 @@ VARIANTS = {
     "bfloat16": (33, None, "bfloat16", ()),
     "tokens": (4, 3, "float32", ("num_tokens",)),
     "odd": (3, None, "float16", ("odd",)),
+    "many rows": (90, None, "bfloat16", ("float32 state",)),
+    "bfloat16 tokens": (70, 3, "bfloat16", ("num_tokens",)),
+    "tokens of float32 states": (5, 4, "bfloat16", ("num_tokens", "float32 state")),
+    "channels": (300, None, "bfloat16", ("channels",)),
+    "channels, many rows": (1500, None, "bfloat16", ("channels",)),
+    "channels, float32 states": (300, None, "bfloat16", ("channels", "float32 state")),
+    "channels, many float32 rows": (1500, None, "bfloat16", ("channels", "float32 state")),
+    "channels, tokens": (150, 3, "bfloat16", ("channels", "num_tokens")),
+    "channels, dstate 128": (40, None, "float16", ("channels", "float32 state", "long")),
 }
+# On these state_update takes tensor cores where the layout allows it: the bits are the layout's.
+TENSOR_CORES = ("bfloat16 tokens", "tokens of float32 states")
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -164,9 +175,20 @@ def arguments(torch, operation, batch, T, dtype, has, entries=None, seed=0):
         a = dict(weight=normal(dim, 4), bias=normal(dim), activation="silu")
         if T is not None:
             a["channels_last"] = True
+    elif "channels" in has:  # Mamba-1
+        dim, dstate = 640, 128 if "long" in has else 16
+        wide = torch.float32 if "float32 state" in has else dtype
+        state = normal(entries, dim, dstate, dtype=wide)
+        x = normal(batch, *time, dim)
+        a = dict(
+            dt=normal(batch, *time, dim) - 2, A=-normal(dim, dstate, dtype=torch.float32).exp(),
+            B=normal(batch, *time, dstate), C=normal(batch, *time, dstate), D=normal(dim),
+            z=normal(*x.shape), dt_bias=normal(dim), dt_softplus=True,
+        )
     else:
         nheads, headdim, dstate = (3, 5, 19) if "odd" in has else (8, 64, 128)
-        state = normal(entries, nheads, headdim, dstate)
+        wide = torch.float32 if "float32 state" in has else dtype
+        state = normal(entries, nheads, headdim, dstate, dtype=wide)
         x = normal(batch, *time, nheads, headdim)
         a = dict(
             dt=normal(batch, *time, nheads) - 2, A=-normal(nheads).float().exp(),
@@ -196,6 +218,16 @@ def bits(tensor):
 def same(got, want, what="out"):
     assert got.shape == want.shape and got.dtype == want.dtype
     assert np.array_equal(bits(got), bits(want)), f"{what}: bits differ"
+
+
+def spread(torch, value):
+    """A tensor of the same values that no kernel takes for packed."""
+    if not torch.is_tensor(value):
+        return value
+    room = torch.full((*value.shape, 3), 0 if not value.is_floating_point() else float("nan"),
+                      device="cuda", dtype=value.dtype)
+    room[..., 1] = value
+    return room[..., 1]
 
 
 def fresh(a):
@@ -260,7 +292,8 @@ def test_calls_run_on_the_stream_that_is_named_or_current(torch, operation):
     eager = state.clone()
     want = call(operation, eager, fresh(a))
     stream = torch.cuda.Stream()
-    spin = 50_000_000  # cycles that come before the call on its stream, and hold it up
+    want.isnan().any()  # loads its kernels, for which the device would be waited for
+    spin = 200_000_000  # cycles that come before the call on its stream, and hold it up
     for handle in (None, stream.cuda_stream):
         after, room = state.clone(), fresh(a)
         torch.cuda.synchronize()
@@ -350,22 +383,211 @@ def test_pools_past_two_to_the_31_elements(torch, operation):
     assert not pool.view(torch.int16).any(), "other slots were written"
 
 
-@variants
-def test_strided_tensors_give_the_bits_of_packed_ones(torch, operation, variant):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_strided_tensors_give_the_bits_of_packed_ones(torch, operation, name):
     """The general path and the fast ones."""
-    state, a = arguments(torch, operation, *variant)
+    state, a = arguments(torch, operation, *VARIANTS[name])
     packed = state.clone()
     want = call(operation, packed, fresh(a))
+    apart = {k: spread(torch, v) for k, v in fresh(a).items()}
+    strided = spread(torch, state)
+    got = call(operation, strided, apart)
+    if operation == "state_update" and name in TENSOR_CORES:
+        near(torch, got, want)
+        return near(torch, strided, packed)
+    same(got, want)
+    same(strided, packed, "state")
+
+
+def near(torch, got, want):
+    """Within a rounding of the dtype, and of float32 sums."""
+    got, want, one = got.double(), want.double(), torch.finfo(want.dtype).eps
+    assert ((got - want).abs() <= one * want.abs() + 1e-5 * want.abs().max()).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("headdim", [6, 48, 64, 80, 96, 192])
+@pytest.mark.parametrize("dstate", [16, 32, 64, 96, 128, 192, 256])
+def test_heads_of_every_size(torch, dstate, headdim, dtype, tokens):
+    """A bfloat16 model's decode against float64, with few rows and with many."""
+    generator = torch.Generator("cuda").manual_seed(dstate * headdim + tokens)
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    nheads, ngroups, f32 = 6, 3, torch.float32
+    A, D, dt_bias = -normal(nheads, dtype=f32).exp(), normal(nheads), normal(nheads, dtype=f32)
+    for batch in (2, 400):
+        x, z = (normal(batch, tokens, nheads, headdim) for _ in range(2))
+        B, C = (normal(batch, tokens, ngroups, dstate) for _ in range(2))
+        dt = normal(batch, tokens, nheads) - 2
+        state = normal(batch + 1, nheads, headdim, dstate, dtype=getattr(torch, dtype))
+        slots = torch.randperm(batch + 1, generator=generator, device="cuda")[:batch]
+        out = torch.full_like(x, float("nan"))
+        h = state[slots].double()
+        after = state.clone()
+        ssmk.state_update(after, x, dt, A, B, C, D, z, dt_bias, dt_softplus=True,
+                          state_indices=slots, out=out)
+        for t in range(tokens):
+            step = torch.nn.functional.softplus(dt[:, t].double() + dt_bias.double())
+            b, c = (v[:, t].double().repeat_interleave(2, 1)[:, :, None] for v in (B, C))
+            h = (step * A.double()).exp()[..., None, None] * h
+            h = h + (step[..., None] * x[:, t].double())[..., None] * b
+            y = (h * c).sum(-1) + D.double()[:, None] * x[:, t].double()
+            near(torch, out[:, t], (y * torch.nn.functional.silu(z[:, t].double())).to(out.dtype))
+        near(torch, after[slots], h.to(after.dtype))
+        kept = torch.ones(batch + 1, dtype=torch.bool, device="cuda")
+        kept[slots] = False
+        same(after[kept], state[kept], "the slot of nobody")
+
+
+@pytest.mark.parametrize("batch, has", [(5, ()), (5, ("channels",)), (300, ("channels",))])
+def test_slots_and_states_that_the_kernel_before_writes(torch, operation, batch, has):
+    """A kernel may look at them while those before it still run."""
+    state, a = arguments(torch, operation, batch, None, "bfloat16", has)
+    generator = torch.Generator("cuda").manual_seed(1)
+    turns = [torch.randperm(len(state), generator=generator, device="cuda") for _ in range(12)]
+    turns = [turn[:batch] for turn in turns]
+    turns = [turn.to(torch.int32) for turn in turns]
+    turns[4][2], turns[7][:] = -1, len(state)
+    eager, wants = state.clone(), []
+    for turn in turns:
+        out = fresh(a)
+        torch.cuda.synchronize()
+        call(operation, eager, out, state_indices=turn.clone())
+        torch.cuda.synchronize()
+        wants.append(out["out"])
+    chained, slots, outs = state.clone(), turns[0].clone(), [fresh(a) for _ in turns]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn, out in zip(turns, outs):
+            slots.copy_(turn)
+            call(operation, chained, out, state_indices=slots)
+    graph.replay()
+    torch.cuda.synchronize()
+    for i, (out, want) in enumerate(zip(outs, wants)):
+        same(out["out"], want, f"out of call {i}")
+    same(chained, eager, "state")
+
+
+def conv_variants():
+    """Some of what the kernels of the convolution tell apart."""
+    rng = np.random.default_rng(3)
+    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    for i in range(120):
+        x, width = pick("bfloat16", "float16", "float32"), pick(2, 3, 4, 4, 4, 5)
+        yield dict(
+            x=x, state=pick(x, x, "float32"), weight=pick(x, x, "float32"), width=width,
+            bias=pick(None, x, "float32"), length=pick(width - 1, width - 1, width, width + 3),
+            T=pick(None, 1, 2, 3, 4, 7, 8), last=pick(True, False), batch=pick(1, 3, 9, 1100),
+            dim=pick(520, 516, 301), by_input=pick(False, True), counts=pick(False, False, True),
+            out=pick(False, False, True), wide=pick(False, True), silu=pick(False, True),
+        )
+
+
+def conv_arguments(torch, v, seed=0):
+    """(conv_state, the other arguments without out) of one of conv_variants()."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape, dtype):
+        room = torch.randn(shape, generator=generator, device="cuda")
+        return room.to(getattr(torch, dtype))
+
+    batch, dim, T = v["batch"], v["dim"], v["T"]
+    entries = 2 * batch + 1
+    shape = (batch, dim) if T is None else (batch, T, dim) if v["last"] else (batch, dim, T)
+    state = normal(entries, dim, v["length"], dtype=v["state"])
+    if v["by_input"]:
+        state = state.swapaxes(1, 2).contiguous().swapaxes(1, 2)
+    index = torch.int64 if v["wide"] else torch.int32
+    slots = torch.randperm(entries, generator=generator, device="cuda").to(index)
+    a = dict(x=normal(*shape, dtype=v["x"]), weight=normal(dim, v["width"], dtype=v["weight"]),
+             activation="silu" if v["silu"] else None, state_indices=slots[:batch])
+    if v["bias"]:
+        a["bias"] = normal(dim, dtype=v["bias"])
+    if T is not None:
+        a["channels_last"] = v["last"]
+    if v["counts"]:
+        a["num_tokens"] = torch.arange(batch, device="cuda").to(index) % ((T or 1) + 1)
+    if v["out"]:
+        a["state_indices_out"] = slots[batch : 2 * batch]
+    if batch > 2:
+        a["state_indices"][2] = -1
+    return state, a
+
+
+def test_every_kernel_of_the_convolution_gives_the_same_bits(torch):
+    """Packed tensors, tensors with gaps, and an output of another dtype are three kernels."""
 
     def spread(tensor):
-        room = torch.full((*tensor.shape, 3), float("nan"), device="cuda").to(tensor.dtype)
+        room = torch.full((*tensor.shape, 2), float("nan"), device="cuda").to(tensor.dtype)
         room[..., 1] = tensor
         return room[..., 1]
 
-    apart = {k: spread(v) if hasattr(v, "is_floating_point") else v for k, v in fresh(a).items()}
-    strided = spread(state)
-    same(call(operation, strided, apart), want)
-    same(strided, packed, "state")
+    for v in conv_variants():
+        state, a = conv_arguments(torch, v)
+        narrow = torch.bfloat16 if v["x"] == "float32" else a["x"].dtype
+        results = []
+        for kind in ("packed", "gaps", "dtype"):
+            after, out, b = state.clone(), torch.full_like(a["x"], float("nan")), a
+            if kind == "gaps":
+                b = {k: spread(t) if torch.is_tensor(t) else t for k, t in a.items()}
+                after, out = spread(after), spread(out)
+            elif kind == "dtype":
+                out = out.to(torch.bfloat16 if v["x"] == "float32" else torch.float32)
+            ssmk.causal_conv1d_update(conv_state=after, out=out, **b)
+            results.append((out, after))
+        (out, after), (gaps_out, gaps_after), (any_out, any_after) = results
+        same(gaps_out, out, f"{v}: out, with gaps")
+        same(gaps_after, after, f"{v}: conv_state, with gaps")
+        same(any_out.to(narrow), out.to(narrow), f"{v}: out of another dtype")
+        same(any_after, after, f"{v}: conv_state, out of another dtype")
+        assert torch.isfinite(out).all()
+
+
+SLOTS = ("intermediate states", "a slot a token", "accepted choices", "other slots", "kept states")
+
+
+@pytest.mark.parametrize("kind", SLOTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("channels")])
+def test_channels_of_many_rows_give_the_bits_of_strided_ones(torch, variant, kind):
+    """Mamba-1, in kernels that walk along the batch, with whatever can be asked of slots."""
+    batch, _, dtype, has = VARIANTS[variant]
+    T, entries = 3, 4 * batch
+    state, a = arguments(torch, "state_update", batch, T, dtype, {*has, "num_tokens"}, entries)
+    generator = torch.Generator("cuda").manual_seed(1)
+    order = torch.randperm(entries, generator=generator, device="cuda")
+    pads = torch.arange(batch, device="cuda") % 7 == 3
+    accepted = torch.arange(batch, device="cuda") % (T + 2)
+    room = torch.empty(0, device="cuda")
+    if kind == "intermediate states":
+        rows = torch.randperm(batch, generator=generator, device="cuda")
+        room = torch.randn((batch, T, *state.shape[1:]), generator=generator, device="cuda")
+        room = room.to(state.dtype)
+        more = dict(intermediate_indices=rows.masked_fill(pads, -1), num_accepted_tokens=accepted)
+    elif kind == "a slot a token":
+        to = order[batch:].view(batch, T).clone()
+        to[pads] = -1
+        more = dict(state_indices=order[:batch], state_indices_out=to)
+    elif kind == "accepted choices":
+        more = dict(state_indices=order.view(batch, 4), num_accepted_tokens=accepted)
+    elif kind == "other slots":
+        to = order[batch : 2 * batch].masked_fill(pads, entries)
+        more = dict(state_indices=order[:batch], state_indices_out=to)
+    else:
+        more = dict(keep_state=True)
+    results = []
+    for place in (torch.Tensor.clone, lambda v: spread(torch, v)):
+        after, kept = place(state), place(room)
+        if len(room):
+            more["intermediate_states"] = kept
+        b = {k: place(v) if torch.is_tensor(v) else v for k, v in fresh(a).items()}
+        results.append((call("state_update", after, b, **more), after, kept))
+    for got, want, what in zip(*results, ("out", "state", "intermediate_states")):
+        same(got, want, what)
+    moved = kind not in ("kept states", "intermediate states")
+    assert not moved or not torch.equal(results[0][1], state)
 
 
 def test_conv_states_input_by_input(torch):
@@ -406,11 +628,35 @@ def test_a_device_that_is_not_there_is_an_error_of_that_call_only(torch):
     assert torch.isfinite(call("causal_conv1d_update", state, a)).all()
 
 
+@pytest.mark.parametrize("T", [None, 2])
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(torch, T):
+    for dtype in ("float32", "bfloat16"):
+        long, time = 40_000, () if T is None else (T,)  # states of a row
+        state, a = arguments(torch, "state_update", 2, T, dtype, ())
+        heads, dtype = state.shape[1], state.dtype
+        before = torch.ones((4, heads, 1, long), dtype=dtype, device="cuda")
+        a.update(x=a["x"][..., :1], z=a["z"][..., :1])
+        a.update(B=torch.ones((2, *time, 1, long), dtype=dtype, device="cuda"))
+        a.update(C=a["B"], out=torch.full_like(a["x"], float("nan")))
+        state = before.clone()
+        expected = rf"state_update: state: dstate must be at most \d+ on CUDA, got {long}"
+        with pytest.raises(NotImplementedError, match=expected):
+            ssmk.state_update(state, **a)
+        assert torch.equal(state, before) and a["out"].isnan().all()
+    state, a = arguments(torch, "state_update", *VARIANTS["one token"])
+    assert torch.isfinite(call("state_update", state, a)).all()
+
+
+# The device is lost by a kernel whose addresses are nowhere.  Both operations have run before, and
+# torch's own calls end once the error is known.
 LOST = """
-import numpy as np, torch, ssmk
-from test_cuda import conv_update, cpu_works
-torch.ones(1, device="cuda")
-assert conv_update()() == ("OK", "")  # its addresses are nowhere: the kernel fails later
+import torch, ssmk
+from test_cuda import OPERATIONS, VARIANTS, arguments, call, conv_update, cpu_works
+good = {name: arguments(torch, name, *VARIANTS["one token"]) for name in OPERATIONS}
+for name, (state, a) in good.items():
+    call(name, state, a)
+torch.cuda.synchronize()
+assert conv_update()() == ("OK", "")  # it fails later, on the device
 try:
     torch.cuda.synchronize()
 except RuntimeError:
@@ -420,6 +666,16 @@ else:
 for _ in range(2):
     status, message = conv_update()()
     assert status == "DEVICE_ERROR" and "cudaErrorIllegalAddress" in message, (status, message)
+    assert conv_update().workspace() == ("OK", "", 0)
+    for name, (state, a) in good.items():
+        try:
+            getattr(ssmk, name)(**{"conv_state" if "conv" in name else "state": state}, **a)
+        except RuntimeError as error:
+            assert str(error).startswith(f"{name}: "), error
+            assert "cudaErrorIllegalAddress" in str(error), error
+        else:
+            raise AssertionError(f"{name} did not notice")
+    ssmk.device_count("cuda")
     cpu_works()
 """
 

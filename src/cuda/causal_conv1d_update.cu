@@ -4,16 +4,14 @@
 //   out_t = act(bias + sum_{w < width} weight[w] X_{t - width + 1 + w})        for every channel
 //
 // Memory bounds it: the last inputs are read, moved by the new ones and written back in place.
-//   any_step      a thread a channel; every layout, dtype, width, state length, count and ring
-//   packed_step   one token, width 4, a state of 3 or 4 inputs, 16 bytes an access: a thread takes
-//                 as many channels as that holds.  A block holds several rows of the batch, which
-//                 find the weights in L1.  Where a channel's inputs lie side by side, a warp reads
-//                 its channels' as one run and sorts them out in shared memory.
-// The sum runs from bias through the taps in order, one fma each, on both: bits depend neither on
+//   any_step       a thread a channel; every layout, dtype, width, state length, count and ring
+//   channel_step   two channels a thread: the same for widths up to 4 and x and out of one dtype
+//   packed_step    a thread several neighbouring channels, whose values lie side by side
+// The sum runs from bias through the taps in order, one fma each, on all: bits depend neither on
 // the layout nor on the rest of the batch, and are those of the CPU's but for silu.
-#include "cuda/launch.cuh"
+#include "cuda/causal_conv1d_update_channel.cuh"
+#include "cuda/causal_conv1d_update_packed.cuh"
 #include "cuda/slots.cuh"
-#include "cuda/values.cuh"
 
 namespace ssmk::cuda {
 namespace {
@@ -43,6 +41,17 @@ __device__ __forceinline__ void move(char *to, const char *from, int64_t bytes) 
   }
 }
 
+// A token's input as the state keeps it.
+__device__ __forceinline__ void take(char *to, const CausalConv1dUpdateProblem &p, int64_t row,
+                                     int64_t c, int64_t t) {
+  const char *const x = p.x.at(row, c, t);
+  if (p.x.dtype == p.conv_state.dtype) {
+    move(to, x, size_of(p.x.dtype));
+  } else {
+    store(to, p.conv_state.dtype, load(x, p.x.dtype));
+  }
+}
+
 // The channel's inputs after the call: the last of those before and of the tokens.  In a ring each
 // token goes to its own place, and in another slot the rest is copied.
 __device__ void keep_inputs(const CausalConv1dUpdateProblem &p, const Step &s, int64_t row,
@@ -58,7 +67,7 @@ __device__ void keep_inputs(const CausalConv1dUpdateProblem &p, const Step &s, i
       if (from < length) {
         move(to, state.at(s.read_slot, c, from), bytes);
       } else {
-        store(to, state.dtype, load_at(p.x, row, c, from - length));
+        take(to, p, row, c, from - length);
       }
     }
     return;
@@ -69,7 +78,7 @@ __device__ void keep_inputs(const CausalConv1dUpdateProblem &p, const Step &s, i
   int64_t t = s.tokens > length ? s.tokens - length : 0;
   int64_t at = (start + t) % length;
   for (; t < s.tokens; ++t) {
-    store_at(state, load_at(p.x, row, c, t), s.write_slot, c, at);
+    take(state.at(s.write_slot, c, at), p, row, c, t);
     at = at + 1 == length ? 0 : at + 1;
   }
 }
@@ -106,7 +115,7 @@ __device__ void step_channel(const CausalConv1dUpdateProblem &p, int64_t row, in
 #pragma unroll
       for (int k = 0; k < kWidth; ++k)
         if (k >= unused) sum = fmaf(weight[k], input[k], sum);
-      store_at(p.out, p.activation == Activation::kSilu ? silu(sum) : sum, row, c, t);
+      store_at(p.out, p.activation == Activation::kSilu ? conv_silu(sum) : sum, row, c, t);
 #pragma unroll
       for (int k = 0; k + 1 < kWidth; ++k) input[k] = input[k + 1];
     }
@@ -128,248 +137,173 @@ __global__ void __launch_bounds__(kThreads, 6)
   }
 }
 
-// ---- One token of packed tensors
+// ---- Two channels a thread
 
-constexpr int kPackedWidth = 4;
-constexpr int kRows = 8;  // of the batch, a warp each
-constexpr int kLanes = 32;
-constexpr int64_t kMostRowBlocks = 65535;  // along a grid's y
+constexpr int kMostRowBlocks = 65535;  // along a grid's y
 
-// Consecutive values of a dtype known when running; `p` is aligned to their bytes, up to 16.
-template <int N>
-__device__ __forceinline__ void load_run(const char *p, DType dtype, float (&to)[N]) {
-  if (dtype == DType::kF32) {
-    widen(load_pack<float, N>(reinterpret_cast<const float *>(p)), to);
-  } else if (dtype == DType::kF16) {
-    widen(load_pack<__half, N>(reinterpret_cast<const __half *>(p)), to);
-  } else {
-    widen(load_pack<__nv_bfloat16, N>(reinterpret_cast<const __nv_bfloat16 *>(p)), to);
-  }
+inline unsigned row_blocks(int batch, int rows) {
+  const int64_t blocks = (int64_t(batch) + rows - 1) / rows;
+  return unsigned(blocks < kMostRowBlocks ? blocks : kMostRowBlocks);
 }
 
-template <int N>
-__device__ __forceinline__ void store_run(char *p, DType dtype, const float (&from)[N]) {
-  if (dtype == DType::kF32) {
-    store_pack_once(reinterpret_cast<float *>(p), narrow_pack<float>(from));
-  } else if (dtype == DType::kF16) {
-    store_pack_once(reinterpret_cast<__half *>(p), narrow_pack<__half>(from));
-  } else {
-    store_pack_once(reinterpret_cast<__nv_bfloat16 *>(p), narrow_pack<__nv_bfloat16>(from));
-  }
+template <class X, class S, bool kRing, bool kWide>
+ssmk_status launch_channels(const ConvUpdateCall &c, const Call &call) {
+  constexpr int kBlock = kChannelThreads * kChannelsEach;
+  const dim3 grid(unsigned((int64_t(c.dim) + kBlock - 1) / kBlock),
+                  row_blocks(c.batch, 1));
+  const dim3 block(kChannelThreads);
+  if constexpr (kWide)
+    if (c.ntokens == 1) return launch(call, channel_step<X, S, kRing, kWide, 1>, grid, block, 0, c);
+  return launch(call, channel_step<X, S, kRing, kWide, 4>, grid, block, 0, c);
 }
 
-// The bits of an element of a state, and what they mean.
-template <class Bits>
-__device__ __forceinline__ float widen_bits(Bits bits, DType dtype);
-template <>
-__device__ __forceinline__ float widen_bits(uint32_t bits, DType) {
-  return __uint_as_float(bits);
-}
-template <>
-__device__ __forceinline__ float widen_bits(uint16_t bits, DType dtype) {
-  return dtype == DType::kF16 ? widen(__ushort_as_half(bits)) : widen(__ushort_as_bfloat16(bits));
-}
-
-template <class Bits>
-__device__ __forceinline__ Bits narrow_bits(float v, DType dtype);
-template <>
-__device__ __forceinline__ uint32_t narrow_bits(float v, DType) {
-  return __float_as_uint(v);
-}
-template <>
-__device__ __forceinline__ uint16_t narrow_bits(float v, DType dtype) {
-  return dtype == DType::kF16 ? __half_as_ushort(narrow<__half>(v))
-                              : __bfloat16_as_ushort(narrow<__nv_bfloat16>(v));
+template <class X, class S>
+ssmk_status launch_channels(const ConvUpdateCall &c, bool ring, const Call &call) {
+  const int64_t run = kChannelTaps * int64_t(sizeof(X));  // of a channel's weights
+  const bool wide = c.width == kChannelTaps && c.weight_dtype == dtype_for<X> &&
+                    c.weight_tap == int64_t(sizeof(X)) && c.weight_channel % run == 0 &&
+                    reinterpret_cast<uintptr_t>(c.weight) % uintptr_t(run) == 0;
+  if (ring)
+    return wide ? launch_channels<X, S, true, true>(c, call)
+                : launch_channels<X, S, true, false>(c, call);
+  return wide ? launch_channels<X, S, false, true>(c, call)
+              : launch_channels<X, S, false, false>(c, call);
 }
 
-// kLength inputs of kChannels channels, as they lie: channel by channel (kByChannel), or input by
-// input.
-template <class Bits, int kLength, bool kByChannel>
-struct Inputs {
-  static constexpr int kChannels = 16 / sizeof(Bits);
-  Pack<Bits, kChannels> part[kLength];
+// ---- Several channels a thread
 
-  __device__ __forceinline__ Bits &at(int c, int i) {
-    if (!kByChannel) return part[i].v[c];
-    return part[(c * kLength + i) / kChannels].v[(c * kLength + i) % kChannels];
-  }
+constexpr int kSome = 4, kMany = 8;  // channels
+// Values of a token: up to the first the memory has time to fetch ahead, from the second on it is
+// what is waited for.
+constexpr int64_t kFewValues = 1 << 17, kManyValues = 1 << 19;
+
+// How a problem is packed, if it is.
+struct Packing {
+  bool some = false, many = false;  // as many channels lie side by side, aligned
+  bool by_channel = false;
 };
 
-// A warp's parts in shared memory: kLength neighbouring ones of each lane, at an odd distance, so
-// that access both by lane and along the run meets no bank twice.
-template <int kLength>
-struct Sorted {
-  static constexpr int kStride = kLength | 1;
-  uint4 part[kLanes * kStride];
+// Beside tensors of one dtype, bfloat16 has kernels of width 4 for a float32 state, weights or
+// both.
+template <class X, class S, class W>
+constexpr bool kOneDtype = std::is_same_v<X, S> && std::is_same_v<X, W>;
 
-  __device__ __forceinline__ uint4 &at(int i) { return part[i / kLength * kStride + i % kLength]; }
-};
-
-template <class Bits, int kLength, bool kByChannel>
-__global__ void __launch_bounds__(kRows *kLanes)
-    packed_step(const __grid_constant__ CausalConv1dUpdateProblem p) {
-  using State = Inputs<Bits, kLength, kByChannel>;
-  constexpr int kChannels = State::kChannels, kBlock = kLanes * kChannels;
-  __shared__ Sorted<kByChannel ? kLength : 1> sorted[kByChannel ? kRows : 1];
-  const int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
-  const int64_t c0 = int64_t(blockIdx.x) * kBlock, c = c0 + threadIdx.x * kChannels;
-  const bool mine = c < p.dim;  // dim is a multiple of kChannels
-  if (row >= p.batch) return;   // a whole warp
-  wait_for_previous();
-  const Step s = step_of(p, row);
-  if (s.pad) {
-    const float zeros[kChannels] = {};
-    if (mine) store_run(p.out.at(row, c, 0), p.out.dtype, zeros);
-    return;
-  }
-
-  // Loads, the state's first
-  Bits *from = reinterpret_cast<Bits *>(p.conv_state.at(s.read_slot, kByChannel ? c0 : c, 0));
-  Bits *to = reinterpret_cast<Bits *>(p.conv_state.at(s.write_slot, kByChannel ? c0 : c, 0));
-  const int parts = int(min(int64_t(kLanes), (p.dim - c0) / kChannels)) * kLength;
-  State state;
-  if constexpr (kByChannel) {
-#pragma unroll
-    for (int i = 0; i < kLength; ++i) {
-      const int part = i * kLanes + threadIdx.x;
-      if (part < parts) state.part[i] = load_pack_once<Bits, kChannels>(from + part * kChannels);
-    }
-  } else if (mine) {
-#pragma unroll
-    for (int i = 0; i < kLength; ++i)
-      state.part[i] = load_pack_once<Bits, kChannels>(from + i * p.conv_state.stride[2]);
-  }
-  float x[kChannels] = {}, weight[kChannels * kPackedWidth] = {}, sum[kChannels] = {};
-  if (mine) {
-    load_run(p.x.at(row, c, 0), p.x.dtype, x);
-    load_run(p.weight.at(c, 0), p.weight.dtype, weight);
-    if (p.bias.given()) load_run(p.bias.at(c), p.bias.dtype, sum);
-  }
-  start_next();
-  if constexpr (kByChannel) {
-    auto &shared = sorted[threadIdx.y];
-#pragma unroll
-    for (int i = 0; i < kLength; ++i) {
-      const int part = i * kLanes + threadIdx.x;
-      if (part < parts) shared.at(part) = *reinterpret_cast<const uint4 *>(&state.part[i]);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kLength; ++i)
-      if (mine) *reinterpret_cast<uint4 *>(&state.part[i]) = shared.at(threadIdx.x * kLength + i);
-  }
-
-  // The sum
-#pragma unroll
-  for (int k = 0; k < kPackedWidth; ++k)
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      const bool newest = k == kPackedWidth - 1;
-      const float input =
-          newest ? x[j]
-                 : widen_bits<Bits>(state.at(j, newest ? 0 : kLength - (kPackedWidth - 1) + k),
-                                    p.conv_state.dtype);
-      sum[j] = fmaf(weight[j * kPackedWidth + k], input, sum[j]);
-    }
-  if (p.activation == Activation::kSilu) {
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) sum[j] = silu(sum[j]);
-  }
-  if (s.tokens == 0) {
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) sum[j] = 0.0f;
-  }
-  if (mine) store_run(p.out.at(row, c, 0), p.out.dtype, sum);
-
-  // The state, one input on
-  if (s.tokens == 0 && s.write_slot == s.read_slot) return;
-  if (s.tokens > 0) {
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-#pragma unroll
-      for (int i = 0; i + 1 < kLength; ++i) state.at(j, i) = state.at(j, i + 1);
-      state.at(j, kLength - 1) = narrow_bits<Bits>(x[j], p.conv_state.dtype);
-    }
-  }
-  if constexpr (kByChannel) {
-    auto &shared = sorted[threadIdx.y];
-#pragma unroll
-    for (int i = 0; i < kLength; ++i)
-      if (mine)
-        shared.at(threadIdx.x * kLength + i) = *reinterpret_cast<const uint4 *>(&state.part[i]);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kLength; ++i) {
-      const int part = i * kLanes + threadIdx.x;
-      if (part < parts) __stcs(reinterpret_cast<uint4 *>(to + part * kChannels), shared.at(part));
-    }
-  } else if (mine) {
-#pragma unroll
-    for (int i = 0; i < kLength; ++i)
-      store_pack_once(to + i * p.conv_state.stride[2], state.part[i]);
-  }
-}
-
-// Values of `channels` neighbouring channels lie side by side and aligned, in x, out or bias.
+// Runs of `count` values of v along `axis` are aligned to their bytes, up to 16.
 template <int Rank>
-bool runs_along(const View<Rank> &v, int axis, int64_t channels) {
-  const int64_t bytes = channels * size_of(v.dtype);
+bool runs_along(const View<Rank> &v, int axis, int64_t count) {
+  const int64_t bytes = count * size_of(v.dtype);
   return packs_along(v, axis, bytes < 16 ? bytes : 16);
 }
 
-// The state lies input by input (by_channel = false) or channel by channel, packed and aligned.
-bool packed(const CausalConv1dUpdateProblem &p, int64_t channels, bool *by_channel) {
+Packing packing_of(const CausalConv1dUpdateProblem &p, ConvUpdateCall *c) {
+  Packing packing;
   const View<3> &s = p.conv_state;
-  if (p.ntokens != 1 || p.width != kPackedWidth || p.state_len > 4) return false;
-  if (p.cache_seqlens.given() || p.dim % channels) return false;
-  if (p.dim > kMostBlocks || p.batch > int64_t(kRows) * kMostRowBlocks) return false;
-  // Axis 2 of x and out has one element and counts for nothing.
-  View<3> x = p.x, out = p.out;
-  x.stride[2] = out.stride[2] = 0;
-  if (!runs_along(x, 1, channels) || !runs_along(out, 1, channels)) return false;
-  if (p.bias.given() && !runs_along(p.bias, 0, channels)) return false;
-  if (p.weight.stride[1] != 1 || p.weight.stride[0] != kPackedWidth ||
-      reinterpret_cast<uintptr_t>(p.weight.data) % 16)
-    return false;
+  if (p.batch > kMostRowBlocks) return packing;
+  if (p.cache_seqlens.given() || p.pad.entries == 0 || p.width < 2 || p.width > 4) return packing;
+  if (p.state_len != p.width - 1 && (p.width != 4 || p.state_len != 4)) return packing;
+  // Weights and bias
+  if (p.weight.dtype != p.x.dtype && p.weight.dtype != DType::kF32) return packing;
+  if (p.weight.stride[1] != 1 || p.weight.stride[0] != p.width) return packing;
+  if (reinterpret_cast<uintptr_t>(p.weight.data) % 16) return packing;
+  if (p.bias.given() && (p.bias.dtype != p.weight.dtype || p.bias.stride[0] != 1 ||
+                         reinterpret_cast<uintptr_t>(p.bias.data) % 16))
+    return packing;
+  // The state
   const int64_t item = size_of(s.dtype);
-  if (reinterpret_cast<uintptr_t>(s.data) % 16 || s.stride[0] * item % 16) return false;
-  *by_channel = s.stride[2] == 1 && s.stride[1] == p.state_len;
-  return *by_channel || (s.stride[1] == 1 && s.stride[2] * item % 16 == 0);
+  packing.by_channel = s.stride[2] == 1 && s.stride[1] == p.state_len;
+  if (!packing.by_channel && (s.stride[1] != 1 || s.stride[2] < 0)) return packing;
+  const int64_t apart = packing.by_channel ? p.dim : s.stride[2];
+  if (((p.state_len - 1) * apart + p.dim) * item > INT32_MAX) return packing;  // inside a slot
+  const auto state_aligned = [&](int64_t channels) {
+    const int64_t bytes = channels * item < 16 ? channels * item : 16;
+    return reinterpret_cast<uintptr_t>(s.data) % uintptr_t(bytes) == 0 &&
+           s.stride[0] * item % bytes == 0 &&
+           (packing.by_channel || s.stride[2] * item % bytes == 0);
+  };
+  // x and out: channel beside channel, or four tokens of a channel
+  View<3> x = p.x, out = p.out;
+  if (p.ntokens == 1) x.stride[2] = out.stride[2] = 0;  // counts for nothing
+  c->quads = p.ntokens % 4 == 0 && runs_along(x, 2, 4) && runs_along(out, 2, 4);
+  packing.some = p.dim % kSome == 0 && state_aligned(kSome) &&
+                 (c->quads || (runs_along(x, 1, kSome) && runs_along(out, 1, kSome)));
+  packing.many = p.dim % kMany == 0 && p.dim * p.batch >= kManyValues && state_aligned(kMany) &&
+                 runs_along(x, 1, kMany) && runs_along(out, 1, kMany);
+  return packing;
 }
 
-template <class Bits, int kLength, bool kByChannel>
-ssmk_status launch_packed(const CausalConv1dUpdateProblem &p, const Call &call) {
-  constexpr int64_t kBlock = kLanes * 16 / sizeof(Bits);
-  const int64_t channel_blocks = (p.dim + kBlock - 1) / kBlock;
-  const int64_t rows = p.batch < kRows ? p.batch : kRows;
-  const int64_t row_blocks = (p.batch + rows - 1) / rows;
-  return launch(call, packed_step<Bits, kLength, kByChannel>,
-                dim3(unsigned(channel_blocks), unsigned(row_blocks)), dim3(kLanes, unsigned(rows)),
-                0, p);
+// kLength inputs a channel are kept.
+template <class X, class S, class W, int kWidth, int kLength, bool kByChannel>
+ssmk_status launch_packed(const ConvUpdateCall &c, bool many, const Call &call) {
+  const auto go = [&](auto kernel, int channels) {
+    const int most = c.ahead ? 2 : kPackedRows, rows = c.batch < most ? c.batch : most;
+    const dim3 grid(unsigned((c.dim + kLanes * channels - 1) / (kLanes * channels)),
+                    unsigned((c.batch + rows - 1) / rows));
+    return launch(call, kernel, grid, dim3(kLanes, unsigned(rows)), 0, c);
+  };
+  // Threads with many channels keep more of the memory busy; in a small call more threads end
+  // sooner.
+  if constexpr (std::is_same_v<X, W> && sizeof(S) == 2 && kWidth == 4)
+    if (many && c.ntokens == 1)
+      return go(packed_step<X, S, W, kWidth, kLength, kByChannel, kMany, 1>, kMany);
+  if constexpr (kWidth == 4)
+    if (c.ntokens == 1)
+      return go(packed_step<X, S, W, kWidth, kLength, kByChannel, kSome, 1>, kSome);
+  return go(packed_step<X, S, W, kWidth, kLength, kByChannel, kSome, 4>, kSome);
 }
 
-template <class Bits>
-ssmk_status launch_packed(const CausalConv1dUpdateProblem &p, bool by_channel, const Call &call) {
-  if (p.state_len == 3)
-    return by_channel ? launch_packed<Bits, 3, true>(p, call)
-                      : launch_packed<Bits, 3, false>(p, call);
-  return by_channel ? launch_packed<Bits, 4, true>(p, call)
-                    : launch_packed<Bits, 4, false>(p, call);
+template <class X, class S, class W, bool kByChannel>
+ssmk_status launch_width(const ConvUpdateCall &c, bool many, const Call &call) {
+  if constexpr (kOneDtype<X, S, W>) {
+    if (c.width == 3) return launch_packed<X, S, W, 3, 2, kByChannel>(c, many, call);
+    if (c.width == 2) return launch_packed<X, S, W, 2, 1, kByChannel>(c, many, call);
+  }
+  return c.state_len == 3 ? launch_packed<X, S, W, 4, 3, kByChannel>(c, many, call)
+                          : launch_packed<X, S, W, 4, 4, kByChannel>(c, many, call);
+}
+
+template <class X, class S, class W>
+ssmk_status launch_layout(const ConvUpdateCall &c, const Packing &packing, const Call &call) {
+  return packing.by_channel ? launch_width<X, S, W, true>(c, packing.many, call)
+                            : launch_width<X, S, W, false>(c, packing.many, call);
+}
+
+// x and out have the dtype X, the state S.
+template <class X, class S>
+ssmk_status launch_typed(const CausalConv1dUpdateProblem &p, ConvUpdateCall *c, const Call &call) {
+  const Packing packing = packing_of(p, c);
+  c->ahead = p.dim * p.batch <= kFewValues;
+  const bool same_weights = p.weight.dtype == p.x.dtype;
+  if constexpr (std::is_same_v<X, S>)
+    if (packing.some && same_weights) return launch_layout<X, S, X>(*c, packing, call);
+  if constexpr (std::is_same_v<X, __nv_bfloat16>)
+    if (packing.some && p.width == 4)
+      return same_weights ? launch_layout<X, S, X>(*c, packing, call)
+                          : launch_layout<X, S, float>(*c, packing, call);
+  return launch_channels<X, S>(*c, p.cache_seqlens.given(), call);
+}
+
+ssmk_status launch_any(const CausalConv1dUpdateProblem &p, const Call &call) {
+  const int64_t channel_blocks = (p.dim + kThreads - 1) / kThreads;
+  const int64_t blocks = p.batch * channel_blocks;
+  const int64_t grid = blocks < kMostBlocks ? blocks : kMostBlocks;
+  return launch(call, any_step, dim3(unsigned(grid)), dim3(kThreads), 0, p, channel_blocks, blocks);
 }
 
 }  // namespace
 
 ssmk_status causal_conv1d_update(const CausalConv1dUpdateProblem &p, const Call &call) {
   if (p.batch == 0 || p.dim == 0) return SSMK_OK;
-  const bool wide = size_of(p.conv_state.dtype) == 4;
-  bool by_channel;
-  if (packed(p, wide ? 4 : 8, &by_channel))
-    return wide ? launch_packed<uint32_t>(p, by_channel, call)
-                : launch_packed<uint16_t>(p, by_channel, call);
-  const int64_t channel_blocks = (p.dim + kThreads - 1) / kThreads;
-  const int64_t blocks = p.batch * channel_blocks;
-  const int64_t grid = blocks < kMostBlocks ? blocks : kMostBlocks;
-  return launch(call, any_step, dim3(unsigned(grid)), dim3(kThreads), 0, p, channel_blocks, blocks);
+  ConvUpdateCall c;
+  const DType x = p.x.dtype, state = p.conv_state.dtype;
+  if (p.width > kChannelTaps || p.out.dtype != x || (state != x && state != DType::kF32) ||
+      !make_call(p, &c))
+    return launch_any(p, call);
+  if (x == DType::kF32) return launch_typed<float, float>(p, &c, call);
+  if (x == DType::kF16)
+    return state == x ? launch_typed<__half, __half>(p, &c, call)
+                      : launch_typed<__half, float>(p, &c, call);
+  return state == x ? launch_typed<__nv_bfloat16, __nv_bfloat16>(p, &c, call)
+                    : launch_typed<__nv_bfloat16, float>(p, &c, call);
 }
 
 }  // namespace ssmk::cuda

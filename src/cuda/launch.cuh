@@ -18,6 +18,21 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// The same, once these addresses are known: a kernel that is up early has its arguments at hand.
+template <class... Pointers>
+__device__ __forceinline__ void wait_with(const Pointers *...p) {
+#if __CUDA_ARCH__ >= 900
+  const auto known = [](const void *q) { asm volatile("" ::"l"(q)); };
+  (known(p), ...);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings memory to the second-level cache: a kernel may do so before it waits.
+__device__ __forceinline__ void fetch(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+}
+
 // The next kernel in the stream may be brought up; it waits for this one's end all the same.
 __device__ __forceinline__ void start_next() {
 #if __CUDA_ARCH__ >= 900

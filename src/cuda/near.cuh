@@ -6,15 +6,6 @@
 
 namespace ssmk::cuda {
 
-// at + i * stride.  Where the compiler knows that i is no negative number it would multiply in
-// pieces.
-template <class T>
-__device__ __forceinline__ T *step(T *at, int i, int stride) {
-  T *to;
-  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(i), "r"(stride), "l"(at));
-  return to;
-}
-
 template <int Rank>
 struct Near {
   char *data = nullptr;
@@ -27,7 +18,7 @@ struct Near {
     const int i[] = {int(index)...};
     char *to = data;
 #pragma unroll
-    for (unsigned k = 0; k < sizeof...(Index); ++k) to = step(to, i[k], stride[k]);
+    for (unsigned k = 0; k < sizeof...(Index); ++k) to += int64_t(i[k]) * stride[k];
     return to;
   }
 };
@@ -53,23 +44,46 @@ bool near(const View<Rank> &v, Near<Rank> *to) {
   return near(v, axes, to);
 }
 
-// As bits and as values.
-template <int Rank, class... Index>
-__device__ __forceinline__ uint32_t bits_at(const Near<Rank> &v, Index... index) {
-  return load_bits(v.at(index...), v.dtype);
-}
-template <int Rank>
-__device__ __forceinline__ float value_of(uint32_t bits, const Near<Rank> &v) {
-  return value_of(bits, v.dtype);
-}
 template <int Rank, class... Index>
 __device__ __forceinline__ int64_t near_index(const Near<Rank> &v, Index... index) {
   const char *const p = v.at(index...);
   return v.dtype == DType::kI64 ? *reinterpret_cast<const int64_t *>(p)
                                 : *reinterpret_cast<const int32_t *>(p);
 }
+
+// at + i * stride.  Where the compiler knows that i is no negative number it would multiply in
+// pieces.
+template <class T>
+__device__ __forceinline__ T *step(T *at, int i, int stride) {
+  T *to;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(i), "r"(stride), "l"(at));
+  return to;
+}
+
+// A Near whose at() is one instruction an axis whatever the compiler knows of the indices.
+template <int Rank>
+struct Stepped : Near<Rank> {
+  template <class... Index>
+  __device__ __forceinline__ char *at(Index... index) const {
+    const int i[] = {int(index)...};
+    char *to = this->data;
+#pragma unroll
+    for (unsigned k = 0; k < sizeof...(Index); ++k) to = step(to, i[k], this->stride[k]);
+    return to;
+  }
+};
+
+// As bits and as values.
 template <int Rank, class... Index>
-__device__ __forceinline__ void store_at(const Near<Rank> &v, float value, Index... index) {
+__device__ __forceinline__ uint32_t bits_at(const Stepped<Rank> &v, Index... index) {
+  return load_bits(v.at(index...), v.dtype);
+}
+template <int Rank>
+__device__ __forceinline__ float value_of(uint32_t bits, const Stepped<Rank> &v) {
+  return value_of(bits, v.dtype);
+}
+template <int Rank, class... Index>
+__device__ __forceinline__ void store_at(const Stepped<Rank> &v, float value, Index... index) {
   store(v.at(index...), v.dtype, value);
 }
 
@@ -99,7 +113,8 @@ __device__ __forceinline__ uint2 load_two(const char *p, DType dtype) {
 }
 
 __device__ __forceinline__ float2 two_values(uint2 bits, DType dtype) {
-  if (dtype == DType::kF16) return {value_of(bits.x & 0xffff, dtype), value_of(bits.x >> 16, dtype)};
+  if (dtype == DType::kF16)
+    return {value_of(bits.x & 0xffff, dtype), value_of(bits.x >> 16, dtype)};
   const bool wide = dtype == DType::kF32;
   return {__uint_as_float(wide ? bits.x : bits.x << 16),
           __uint_as_float(wide ? bits.y : bits.x & 0xffff0000u)};
@@ -109,7 +124,8 @@ __device__ __forceinline__ void store_two(char *p, DType dtype, float2 v) {
   if (dtype == DType::kF32) {
     *reinterpret_cast<float2 *>(p) = v;
   } else if (dtype == DType::kF16) {
-    store_pack(reinterpret_cast<__half *>(p), Pack<__half, 2>{{narrow<__half>(v.x), narrow<__half>(v.y)}});
+    store_pack(reinterpret_cast<__half *>(p),
+               Pack<__half, 2>{{narrow<__half>(v.x), narrow<__half>(v.y)}});
   } else {
     store_pack(reinterpret_cast<__nv_bfloat16 *>(p),
                Pack<__nv_bfloat16, 2>{{narrow<__nv_bfloat16>(v.x), narrow<__nv_bfloat16>(v.y)}});

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Decode on the GPU: which kernel, how many blocks.  Nothing here depends on anything but sizes,
 // dtypes and strides, so a captured launch stays right.
+#include "cuda/state_update_channels.cuh"
 #include "cuda/state_update_heads.cuh"
 #include "cuda/state_update_launch.cuh"
 #include "cuda/state_update_packed.cuh"
@@ -8,14 +9,13 @@
 namespace ssmk::cuda {
 namespace {
 
-constexpr int64_t kManyWarps = 2048;       // of four rows a thread: enough for any chip
 constexpr int64_t kStageBytes = 24 << 10;  // of tokens in shared memory at a time
 
-template <class S, class X, int kRows, int kChunks, bool kOneDecay, Work kWork, int kThreads>
+template <class S, class X, int kRows, int kChunks, int kThreads>
 ssmk_status run_packed(const PackedProblem &p, const StateUpdateProblem &q, const Call &call) {
   const int64_t rows = int64_t(kThreads >> p.log_lanes) * kRows;
-  return each_grid(p, update_packed<S, X, kRows, kChunks, kOneDecay, kWork, kThreads>,
-                   (q.headdim + rows - 1) / rows, q.nheads, q.batch, kThreads, 0, call);
+  return each_grid(p, update_packed<S, X, kRows, kChunks, kThreads>, (q.headdim + rows - 1) / rows,
+                   q.nheads, q.batch, kThreads, 0, call);
 }
 
 template <class S>
@@ -56,7 +56,9 @@ bool packed(const Cut &cut, const StateUpdateProblem &q, PackedProblem *p) {
   if (q.intermediate.given() &&
       (q.intermediate.dtype != q.state.dtype || !packs_along(q.intermediate, 4, 16)))
     return false;
-  if (!one_decay(q) && (q.A.dtype != DType::kF32 || !packs_along(q.A, 2, 16))) return false;
+  if (!one_decay(q) && (q.A.dtype != DType::kF32 || !packs_along(q.A, 2, 16) ||
+                        (q.dt.dtype == DType::kF16 && q.x.dtype != DType::kF16)))
+    return false;
   if (q.slots.pad.entries > kMost || q.slots.intermediate_entries > kMost || q.batch > kMost ||
       q.nheads > kMostHeads || q.headdim > kMostHeads || q.ntokens > kMostHeads)
     return false;
@@ -76,32 +78,24 @@ bool packed(const Cut &cut, const StateUpdateProblem &q, PackedProblem *p) {
          near(q.slots.in, {0, 1}, &p->in) && near(out, {0, 1}, &p->one_out);
 }
 
-template <class S, class X, bool kOneDecay, Work kWork>
+template <class S, class X>
 ssmk_status pick_packed(const Cut &cut, const PackedProblem &p, const StateUpdateProblem &q,
                         const Call &call) {
   constexpr int kThreads = 128;
-  if (cut.chunks == 3) return run_packed<S, X, 1, 3, kOneDecay, kWork, kThreads>(p, q, call);
-  if (cut.chunks == 2) return run_packed<S, X, 1, 2, kOneDecay, kWork, kThreads>(p, q, call);
-  // Rows of a thread share what it costs to prepare a token; fewer rows keep a small call spread
-  // over the chip.  The bits do not depend on it.
-  const int64_t warps = q.batch * q.nheads * ((q.headdim << cut.log_lanes) / 128);
-  const bool four = cut.lanes() >= 4 && (kWork == Work::kAny || warps >= kManyWarps);
-  if (four) return run_packed<S, X, 4, 1, kOneDecay, kWork, kThreads>(p, q, call);
-  if (cut.lanes() >= 2) return run_packed<S, X, 2, 1, kOneDecay, kWork, kThreads>(p, q, call);
-  return run_packed<S, X, 1, 1, kOneDecay, kWork, kThreads>(p, q, call);
+  if (cut.chunks == 3) return run_packed<S, X, 1, 3, kThreads>(p, q, call);
+  if (cut.chunks == 2) return run_packed<S, X, 1, 2, kThreads>(p, q, call);
+  // Rows of a thread share what it costs to prepare a token.
+  if (cut.lanes() >= 4) return run_packed<S, X, 4, 1, kThreads>(p, q, call);
+  if (cut.lanes() >= 2) return run_packed<S, X, 2, 1, kThreads>(p, q, call);
+  return run_packed<S, X, 1, 1, kThreads>(p, q, call);
 }
 
 template <class S, class X>
 ssmk_status run_any_packed(const Cut &cut, const PackedProblem &p, const StateUpdateProblem &q,
                            const Call &call) {
-  const Slots &s = q.slots;
-  const bool one = q.ntokens == 1 && !s.num_tokens.given() && !s.num_accepted.given() &&
-                   !s.out_per_token && !q.intermediate.given();
-  if (one_decay(q))
-    return one ? pick_packed<S, X, true, Work::kOne>(cut, p, q, call)
-               : pick_packed<S, X, true, Work::kAny>(cut, p, q, call);
-  return one ? pick_packed<S, X, false, Work::kOne>(cut, p, q, call)
-             : pick_packed<S, X, false, Work::kAny>(cut, p, q, call);
+  // One decay and one token is state_update_tied()'s, but for odd layouts.
+  if (one_decay(q)) return pick_packed<S, X>(cut, p, q, call);
+  return channels<S, X>(cut, p, q, call);
 }
 
 template <class S>
@@ -122,6 +116,8 @@ ssmk_status heads(const StateUpdateProblem &q, const Call &call) {
 ssmk_status state_update(const StateUpdateProblem &p, const Call &call) {
   if (p.batch == 0 || p.nheads == 0 || p.headdim == 0) return SSMK_OK;
   if (p.is_mamba3()) return state_update_mamba3(p, call);
+  ssmk_status status = SSMK_OK;
+  if (state_update_tied(p, call, &status)) return status;
   if (p.state.dtype == DType::kF32) return heads<float>(p, call);
   if (p.state.dtype == DType::kF16) return heads<__half>(p, call);
   return heads<__nv_bfloat16>(p, call);

@@ -8,6 +8,8 @@
 namespace ssmk::cuda {
 
 ssmk_status state_update_mamba3(const StateUpdateProblem &, const Call &);
+// False if the call is none for its kernels; else *status says how it went.
+bool state_update_tied(const StateUpdateProblem &, const Call &, ssmk_status *status);
 
 constexpr int64_t kMostGrid = 65535;        // blocks along y and z
 constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that need no asking
@@ -35,21 +37,22 @@ ssmk_status allow_shared(const Call &call, Kernel kernel, int64_t bytes) {
   return e == cudaSuccess ? SSMK_OK : device_error(call, "preparing a kernel on", e);
 }
 
-// One launch after another where there are more rows or heads than a grid takes.
+// One launch after another where there are more rows or heads than a grid takes.  block.y: heads of
+// a block, which divide nheads.
 template <class Problem, class Kernel>
 ssmk_status each_grid(Problem p, Kernel kernel, int64_t blocks, int64_t nheads, int64_t batch,
-                      int threads, int64_t shared, const Call &call) {
+                      dim3 block, int64_t shared, const Call &call) {
   if (shared > kPlainShared) {
     if (const ssmk_status status = allow_shared(call, kernel, shared)) return status;
   }
   for (int64_t b = 0; b < batch; b += kMostGrid)
-    for (int64_t h = 0; h < nheads; h += kMostGrid) {
+    for (int64_t h = 0; h < nheads; h += kMostGrid * block.y) {
       p.first_batch = decltype(p.first_batch)(b);
       p.first_head = decltype(p.first_head)(h);
-      const dim3 grid(unsigned(blocks), unsigned(nheads - h < kMostGrid ? nheads - h : kMostGrid),
+      const int64_t heads = (nheads - h) / block.y;
+      const dim3 grid(unsigned(blocks), unsigned(heads < kMostGrid ? heads : kMostGrid),
                       unsigned(batch - b < kMostGrid ? batch - b : kMostGrid));
-      const ssmk_status status =
-          launch(call, kernel, grid, dim3(unsigned(threads)), size_t(shared), p);
+      const ssmk_status status = launch(call, kernel, grid, block, size_t(shared), p);
       if (status != SSMK_OK) return status;
     }
   return SSMK_OK;

@@ -67,17 +67,18 @@ bool packed(const Cut &cut, const StateUpdateProblem &q, Mamba3Packed *p) {
   p->rotary_half = m.rotary_half, p->trap_sigmoid = m.trap_sigmoid;
   View<2> out = q.slots.out;
   if (q.slots.out_per_token) out = {};
-  return near(q.slots.in, {0}, &p->in) && near(out, {0}, &p->one_out) && near(q.x, &p->x) && near(q.z, &p->z) && near(q.dt, &p->dt) &&
-         near(q.angles, &p->angles) && near(q.state, &p->state) && near(q.k_state, &p->k_state) &&
+  return near(q.slots.in, {0}, &p->in) && near(out, {0}, &p->one_out) && near(q.x, &p->x) &&
+         near(q.z, &p->z) && near(q.dt, &p->dt) && near(q.angles, &p->angles) &&
+         near(q.state, &p->state) && near(q.k_state, &p->k_state) &&
          near(q.intermediate_angle, &p->intermediate_angle) &&
-         near(q.intermediate_v, &p->intermediate_v) && near(q.out, &p->out) && near(q.B, &p->projected[0]) &&
-         near(q.C, &p->projected[1]) && near(q.intermediate, &p->intermediate) &&
-         near(q.intermediate_k, &p->intermediate_k) && near(q.A, &p->A) && near(q.adt, &p->adt) &&
-         near(q.trap, &p->trap) && near(m.B_bias, &p->bias[0]) && near(m.C_bias, &p->bias[1]) &&
-         near(m.mimo_x, &p->mimo_x) && near(m.mimo_z, &p->mimo_z) &&
-         near(m.mimo_out, &p->mimo_out) && near(q.angle_state, &p->angle_state) &&
-         near(q.v_state, &p->v_state) && near(q.D, &p->D) && near(q.dt_bias, &p->dt_bias) &&
-         near(m.norm_weight, &p->norm_weight);
+         near(q.intermediate_v, &p->intermediate_v) && near(q.out, &p->out) &&
+         near(q.B, &p->projected[0]) && near(q.C, &p->projected[1]) &&
+         near(q.intermediate, &p->intermediate) && near(q.intermediate_k, &p->intermediate_k) &&
+         near(q.A, &p->A) && near(q.adt, &p->adt) && near(q.trap, &p->trap) &&
+         near(m.B_bias, &p->bias[0]) && near(m.C_bias, &p->bias[1]) && near(m.mimo_x, &p->mimo_x) &&
+         near(m.mimo_z, &p->mimo_z) && near(m.mimo_out, &p->mimo_out) &&
+         near(q.angle_state, &p->angle_state) && near(q.v_state, &p->v_state) && near(q.D, &p->D) &&
+         near(q.dt_bias, &p->dt_bias) && near(m.norm_weight, &p->norm_weight);
 }
 
 template <class S, int kRows, int kChunks, int kLogLanes, int kRank, int kBlocks>
@@ -98,13 +99,13 @@ ssmk_status run_packed(const Cut &cut, Mamba3Packed &p, const StateUpdateProblem
   const int64_t shared =
       room.floats * int64_t(sizeof(float)) + states * (p.all_ahead ? p.passes : 1);
   if (shared > kMostPackedShared) return run_any(cut, q, call);
-  return each_grid(p, update_mamba3_packed<S, kRows, kChunks, kLogLanes, kRank, kBlocks>,
-                   1, q.nheads, q.batch, threads, shared, call);
+  return each_grid(p, update_mamba3_packed<S, kRows, kChunks, kLogLanes, kRank, kBlocks>, 1,
+                   q.nheads, q.batch, threads, shared, call);
 }
 
 template <class S, int kRank, int kDstate, int kRows, int kBlocks>
 ssmk_status run_one(Mamba3Packed &p, const StateUpdateProblem &q, const Call &call) {
-  const int rows = kOneThreads / (kDstate / kPack<S>) * kRows;
+  const int rows = kOneThreads / (kDstate / kPack<S>)*kRows;
   p.passes = (p.headdim + rows - 1) / rows;
   const int floats = OneRoom<kRank, kDstate>(p.passes * rows, p.nangles).states;
   const int64_t shared =

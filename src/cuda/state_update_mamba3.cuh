@@ -30,7 +30,7 @@ inline int64_t mamba3_shared_floats(const StateUpdateProblem &p, int padded, int
 }
 
 template <int kChunks>
-__global__ void __launch_bounds__(kMamba3Threads)
+__global__ void __launch_bounds__(kMamba3Threads, 1)
     update_mamba3(const __grid_constant__ Mamba3Launch launch) {
   constexpr int K = kEight, kThreads = kMamba3Threads;
   extern __shared__ float4 shared[];

@@ -81,8 +81,7 @@ __device__ __forceinline__ Trapezoid trapezoid(bool is_sigmoid, float value) {
 __device__ __forceinline__ float new_coefficient(Trapezoid f, float dt, float psi_x) {
   return f.now * dt * psi_x;
 }
-__device__ __forceinline__ float old_coefficient(Trapezoid f, float dt, float decay,
-                                                 float psi_v) {
+__device__ __forceinline__ float old_coefficient(Trapezoid f, float dt, float decay, float psi_v) {
   return f.then * dt * decay * psi_v;
 }
 

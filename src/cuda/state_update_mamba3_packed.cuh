@@ -17,18 +17,18 @@
 namespace ssmk::cuda {
 
 struct Mamba3Packed {
-  Near<4> x, z, dt, angles, state, k_state, intermediate_angle, intermediate_v;
-  Near<5> out, intermediate, intermediate_k;
-  Near<5> projected[2];  // B and C
-  Near<3> bias[2];
-  Near<3> A, adt, trap, mimo_x, mimo_z, mimo_out, angle_state, v_state;
-  Near<2> D, dt_bias, norm_weight;
-  Near<1> in, one_out;  // slots again; one_out: one for all tokens
+  Stepped<4> x, z, dt, angles, state, k_state, intermediate_angle, intermediate_v;
+  Stepped<5> out, intermediate, intermediate_k;
+  Stepped<5> projected[2];  // B and C
+  Stepped<3> bias[2];
+  Stepped<3> A, adt, trap, mimo_x, mimo_z, mimo_out, angle_state, v_state;
+  Stepped<2> D, dt_bias, norm_weight;
+  Stepped<1> in, one_out;  // slots again; one_out: one for all tokens
   Slots slots;
   DtTransform dt_transform;
   int first_batch, first_head, ntokens, headdim, dstate, rank, nangles;
   int packs, log_lanes, padded, passes, rows;  // rows: of all passes
-  int log_quads, log_rows, log_angles;  // of the next powers of two
+  int log_quads, log_rows, log_angles;         // of the next powers of two
   float groups_per_head, tokens_per_quad;
   float norm_eps;
   bool rotary_half, trap_sigmoid;
@@ -60,10 +60,10 @@ struct Mamba3Room {
 
 // 16 bytes to shared memory, around the registers.
 __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+      "l"(from)
+      : "memory");
 }
 // This thread's copies are there.
 __device__ __forceinline__ void wait_for_copies() {
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
   const auto load_quad = [&](const Quad &quad) {
     QuadBits bits = {};
     if (!quad.here) return bits;
-    const Near<5> &from = p.projected[quad.query];
+    const Stepped<5> &from = p.projected[quad.query];
     const char *const at = from.at(b, quad.t, quad.r, group, quad.at);
     bits.value[0] = load_two(at, from.dtype);
     bits.value[1] = load_two(at + quad.apart * from.stride[4], from.dtype);
-    const Near<3> &bias = p.bias[quad.query];
+    const Stepped<3> &bias = p.bias[quad.query];
     if (!bias.given()) return bits;
     const char *const bias_at = bias.at(head, quad.r, quad.at);
     bits.bias[0] = load_two(bias_at, bias.dtype);
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
     return reinterpret_cast<S *>(base + int64_t(min(row, headdim - 1)) * row_stride) +
            pack_of(c) * K;
   };
-  char *const source = back ? p.intermediate.at(slots.intermediate, slots.start, head)
-                            : p.state.at(slots.in, head);
+  char *const source =
+      back ? p.intermediate.at(slots.intermediate, slots.start, head) : p.state.at(slots.in, head);
   const int source_row = back ? p.intermediate.stride[3] : p.state.stride[2];
   // Each thread's packs wait for it in shared memory, where nobody else touches them.
   uint4 *const waiting = reinterpret_cast<uint4 *>(keys + room.floats) + thread;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
   const int key_step = back ? p.intermediate_k.stride[4] : p.k_state.stride[3];
   // The fours of the first token's keys, which stand before its queries'.
   const int old_quads = trap ? rank << p.log_quads : 0;
-  const auto load_old_key = [&](const Quad &quad, uint2 (&bits)[2]) {
+  const auto load_old_key = [&](const Quad &quad, uint2(&bits)[2]) {
     if (!quad.here) return;
     const char *const at = old_key(quad.r, quad.at);
     bits[0] = load_two(at, key_dtype);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
     *reinterpret_cast<float2 *>(row + place<K>(quad.at, padded)) = one;
     *reinterpret_cast<float2 *>(row + place<K>(quad.at + quad.apart, padded)) = two;
   };
-  const auto put_old_key = [&](const Quad &quad, const uint2 (&bits)[2]) {
+  const auto put_old_key = [&](const Quad &quad, const uint2(&bits)[2]) {
     if (quad.here)
       put(keys + quad.r * padded, quad, two_values(bits[0], key_dtype),
           two_values(bits[1], key_dtype));
@@ -369,8 +369,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
     const Quad quad = first ? first_quad : quad_of(i);
     if (!quad.here) return;
     const QuadBits bits = first ? first_bits : load_quad(quad);
-    const Near<5> &from = p.projected[quad.query];
-    const Near<3> &bias = p.bias[quad.query];
+    const Stepped<5> &from = p.projected[quad.query];
+    const Stepped<3> &bias = p.bias[quad.query];
     float2 one = two_values(bits.value[0], from.dtype), two = two_values(bits.value[1], from.dtype);
     if (bias.given()) {
       const float2 more = two_values(bits.bias[0], bias.dtype);
@@ -399,8 +399,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
       const int t = i >> p.log_rows, row = i & ((1 << p.log_rows) - 1);
       if (row >= headdim) continue;
       const float x = value_of(bits_at(p.x, b, t, head, row), p.x);
-      if (slots.intermediate >= 0)
-        store_at(p.intermediate_v, x, slots.intermediate, t, head, row);
+      if (slots.intermediate >= 0) store_at(p.intermediate_v, x, slots.intermediate, t, head, row);
       const int64_t slot = slot_after(t);
       if (slot >= 0) store_at(p.v_state, x, slot, head, row);
     }
@@ -467,19 +466,18 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
         }
       }
       // The sum over this lane's states: of each four of a pack its own, then together.
-      const auto read_queries = [&](int r, float(&query)[kChunks][K]) {
+      const auto read_queries = [&](int r, float (&query)[kChunks][K]) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
           read_row<K>(queries + (t * rank + r) * padded, pack_of(c), padded, query[c]);
       };
-      const auto sum_of = [&](int i, const float(&query)[kChunks][K]) {
+      const auto sum_of = [&](int i, const float (&query)[kChunks][K]) {
         float fours[K / 4] = {};
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
           if (c * lanes + lane < packs) {
 #pragma unroll
-            for (int e = 0; e < K; ++e)
-              fours[e / 4] = fmaf(h[i][c][e], query[c][e], fours[e / 4]);
+            for (int e = 0; e < K; ++e) fours[e / 4] = fmaf(h[i][c][e], query[c][e], fours[e / 4]);
           }
         return K == 8 ? fours[0] + fours[K / 8] : fours[0];
       };

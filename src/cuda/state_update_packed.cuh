@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Decode of Mamba-1 and 2 on packed states: the fast path of state_update_heads.cuh.
+// Decode on packed states with one decay for all states of a row: state_update_heads.cuh, faster.
 //
 // A thread updates one pack in each of kRows rows p, or several packs of one row, in registers.
 // What a row needs beside its states (dt', the decay, dt' x, D x, the gate) is computed by the
@@ -28,11 +28,6 @@ struct PackedProblem {
   float groups_per_head;
 };
 
-enum class Work {
-  kOne,  // one token, from slot to slot, nothing else asked for
-  kAny,
-};
-
 // What a lane brings for its own row and token, and its packs of B and C, as bits.
 template <class X, int K, int kChunks>
 struct TokenBits {
@@ -41,21 +36,11 @@ struct TokenBits {
   Pack<X, K> B[kChunks], C[kChunks];
 };
 
-// Threads on a multiprocessor: as many as the registers that the states take leave room for.
-constexpr int threads_wanted(int states, bool one_decay, Work work) {
-  if (work == Work::kAny) return one_decay || states < 16 ? 512 : 256;
-  if (!one_decay) states *= 2;
-  return states <= 16 ? 1024 : states <= 24 ? 768 : states <= 32 ? 640 : 512;
-}
-
 // S: states.  X: x, z, B, C and out; the other values may have any dtype.
-template <class S, class X, int kRows, int kChunks, bool kOneDecay, Work kWork, int kThreads>
-__global__ void __launch_bounds__(kThreads,
-                                  threads_wanted(kRows * kChunks * kPack<S>, kOneDecay, kWork) /
-                                      kThreads)
+template <class S, class X, int kRows, int kChunks, int kThreads>
+__global__ void __launch_bounds__(kThreads, 512 / kThreads)
     update_packed(const __grid_constant__ PackedProblem p) {
   constexpr int K = kPack<S>;
-  constexpr bool kOne = kWork == Work::kOne;
   static_assert(kRows == 1 || kChunks == 1);
   begin();
 
@@ -73,15 +58,7 @@ __global__ void __launch_bounds__(kThreads,
   const int own = kRows == 1 ? row0 : row0 + (lane >> share) * apart;
   const bool stores = own < p.headdim && (lane & ((1 << share) - 1)) == 0;
 
-  RowSlots slots;
-  if constexpr (kOne) {
-    slots.in = p.in.given() ? near_index(p.in, b, 0) : b;
-    slots.out = p.one_out.given() ? near_index(p.one_out, b, 0) : slots.in;
-    slots.pad =
-        p.slots.pad.is_pad(slots.in) || (p.one_out.given() && p.slots.pad.is_pad(slots.out));
-  } else {
-    slots = row_slots(p, b);
-  }
+  const RowSlots slots = row_slots(p, b);
   const auto out_at = [&](int t) { return reinterpret_cast<X *>(p.out.at(b, t, head, own)); };
   const auto zero_output = [&](int from_token) {
     for (int t = from_token; t < p.ntokens; ++t)
@@ -96,7 +73,7 @@ __global__ void __launch_bounds__(kThreads,
   const auto after_token = [&](int64_t row, int64_t t) {
     return p.intermediate.at(int(row), int(t), head);
   };
-  const bool rolled_back = !kOne && slots.start >= 0;
+  const bool rolled_back = slots.start >= 0;
   char *const source =
       rolled_back ? after_token(slots.intermediate, slots.start) : in_slot(slots.in);
   const int source_row = rolled_back ? p.intermediate.stride[3] : p.state.stride[2];
@@ -125,30 +102,18 @@ __global__ void __launch_bounds__(kThreads,
     }
     return bits;
   };
-  const int tokens = kOne ? 1 : slots.tokens;
+  const int tokens = slots.tokens;
   auto bits = load_token(0);
-  const uint32_t A_bits = kOneDecay ? load_bits(p.A.at(head, own_row), p.A.dtype) : 0;
+  const uint32_t A_bits = load_bits(p.A.at(head, own_row), p.A.dtype);
   const uint32_t D_bits = p.D.given() ? load_bits(p.D.at(head, own_row), p.D.dtype) : 0;
   const uint32_t bias_bits =
       p.dt_bias.given() ? load_bits(p.dt_bias.at(head, own_row), p.dt_bias.dtype) : 0;
-  Pack<float, K> rate[kOneDecay ? 1 : kRows][kChunks];
-  if constexpr (!kOneDecay) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        rate[r][c] = load_pack<float, K>(reinterpret_cast<const float *>(p.A.at(head, row_of(r))) +
-                                         pack_of(c) * K);
-  }
 
   float h[kRows][kChunks][K];
-  const auto spread_states = [&] {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) widen(raw[r][c], h[r][c]);
-  };
-  if (!kOne) spread_states();
+    for (int c = 0; c < kChunks; ++c) widen(raw[r][c], h[r][c]);
   const auto keep = [&](char *to, int row_stride) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
@@ -159,14 +124,14 @@ __global__ void __launch_bounds__(kThreads,
   };
 
   // A and the others of the row, once for all tokens.
-  const float rate_log2e = kOneDecay ? value_of(A_bits, p.A.dtype) * kLog2e : 0.0f;
+  const float rate_log2e = value_of(A_bits, p.A.dtype) * kLog2e;
   const float D = value_of(D_bits, p.D.dtype), bias = value_of(bias_bits, p.dt_bias.dtype);
   for (int t = 0; t < tokens; ++t) {
     float dt = value_of(bits.dt, p.dt.dtype);
     const float x = widen(bits.x);
     if (p.dt_bias.given()) dt += bias;
     dt = transform_dt(p.dt_transform, dt);
-    const float decay = kOneDecay ? exp2_fast(dt * rate_log2e) : dt * kLog2e;
+    const float decay = exp2_fast(dt * rate_log2e);
     const float input = dt * x;
     // Without D not 0 x: x may be infinite.
     const float skip = p.D.given() ? __fmul_rn(D, x) : 0.0f;
@@ -179,7 +144,6 @@ __global__ void __launch_bounds__(kThreads,
       decays[r] = kRows == 1 ? decay : __shfl_sync(~0u, decay, r << share, lanes);
       inputs[r] = kRows == 1 ? input : __shfl_sync(~0u, input, r << share, lanes);
     }
-    if (kOne) spread_states();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       float B[K], C[K];
@@ -190,32 +154,28 @@ __global__ void __launch_bounds__(kThreads,
         float sum = y[r];
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-          const float a = kOneDecay ? decays[r] : exp2_fast(decays[r] * rate[r][c].v[i]);
-          h[r][c][i] = fmaf(a, h[r][c][i], inputs[r] * B[i]);
+          h[r][c][i] = fmaf(decays[r], h[r][c][i], inputs[r] * B[i]);
           sum = fmaf(h[r][c][i], C[i], sum);
         }
         if (c * lanes + lane < p.packs) y[r] = sum;
       }
     }
-    if (!kOne && t + 1 < tokens) bits = load_token(t + 1);
+    if (t + 1 < tokens) bits = load_token(t + 1);
     sum_lanes<kRows>(y, lane, lanes);
     if (stores) *out_at(t) = narrow<X>((y[0] + skip) * gate);
 
-    if constexpr (!kOne) {
-      if (slots.intermediate >= 0)
-        keep(after_token(slots.intermediate, t), p.intermediate.stride[3]);
-      if (p.slots.out_per_token && !p.slots.keep_state) {
-        const int64_t slot = read_index(p.slots.out, b, t);
-        if (!p.slots.pad.is_pad(slot)) keep(in_slot(slot), p.state.stride[2]);
-      }
+    if (slots.intermediate >= 0) keep(after_token(slots.intermediate, t), p.intermediate.stride[3]);
+    if (p.slots.out_per_token && !p.slots.keep_state) {
+      const int64_t slot = read_index(p.slots.out, b, t);
+      if (!p.slots.pad.is_pad(slot)) keep(in_slot(slot), p.state.stride[2]);
     }
   }
 
-  if (!kOne) zero_output(tokens);
-  if (p.slots.keep_state || (!kOne && p.slots.out_per_token)) return;
+  zero_output(tokens);
+  if (p.slots.keep_state || p.slots.out_per_token) return;
   // Without tokens a state that stays where it is is left alone.
   char *const to = in_slot(slots.out);
-  if (!kOne && tokens == 0 && source == to) return;
+  if (tokens == 0 && source == to) return;
   keep(to, p.state.stride[2]);
 }
 

@@ -58,6 +58,18 @@ __device__ __forceinline__ uint32_t load_bits(const char *p, DType dtype) {
   return bits;
 }
 
+// The same, and 0 of a tensor that is not given, whose dtype is kNone.
+__device__ __forceinline__ uint32_t load_given(const char *p, DType dtype) {
+  uint32_t bits;
+  asm volatile(
+      "{\n.reg .pred wide, half;\nsetp.eq.u32 wide, %2, %3;\nsetp.gt.u32 half, %2, %3;\n"
+      "mov.u32 %0, 0;\n@wide ld.global.b32 %0, [%1];\n@half ld.global.u16 %0, [%1];\n}"
+      : "=&r"(bits)
+      : "l"(p), "r"(uint32_t(dtype)), "r"(uint32_t(DType::kF32))
+      : "memory");
+  return bits;
+}
+
 __device__ __forceinline__ float value_of(uint32_t bits, DType dtype) {
   const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
   const float other = __uint_as_float(dtype == DType::kBF16 ? bits << 16 : bits);
@@ -161,10 +173,46 @@ __device__ __forceinline__ void store_pack_once(T *p, const Pack<T, N> &pack) {
   for (int i = 0; i < kBytes / int(sizeof(W)); ++i) __stcs(reinterpret_cast<W *>(p) + i, from[i]);
 }
 
+// The same where `given`, without a branch.
+template <class T, int N>
+__device__ __forceinline__ void store_pack_once_if(bool given, T *p, const Pack<T, N> &pack) {
+  constexpr int kBytes = sizeof(T) * N;
+  static_assert(kBytes == 8 || kBytes == 16, "two or four words");
+  const uint32_t *const w = reinterpret_cast<const uint32_t *>(&pack);
+  if constexpr (kBytes == 16)
+    asm volatile(
+        "{\n.reg .pred given;\nsetp.ne.u32 given, %5, 0;\n"
+        "@given st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(p),
+        "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(uint32_t(given))
+        : "memory");
+  else
+    asm volatile(
+        "{\n.reg .pred given;\nsetp.ne.u32 given, %3, 0;\n"
+        "@given st.global.cs.v2.b32 [%0], {%1, %2};\n}" ::"l"(p),
+        "r"(w[0]), "r"(w[1]), "r"(uint32_t(given))
+        : "memory");
+}
+
 template <class T, int N>
 __device__ __forceinline__ void widen(const Pack<T, N> &pack, float (&to)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) to[i] = widen(pack.v[i]);
+}
+
+// Two at a time: one instruction each.
+template <int N>
+__device__ __forceinline__ void widen(const Pack<__nv_bfloat16, N> &pack, float (&to)[N]) {
+  if constexpr (N % 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = widen(pack.v[i]);
+  } else {
+    const uint32_t *const words = reinterpret_cast<const uint32_t *>(&pack);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      to[2 * i] = __uint_as_float(words[i] << 16);
+      to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
 }
 
 template <class T, int N>

@@ -16,6 +16,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -75,6 +76,24 @@ class Ceilings:
                 raise RuntimeError(f"the ceiling {kind} could not be launched")
 
         return Contender(kind, run)
+
+    def through_slots(self, name, nbytes, slots):
+        """The same for a pool: a slot after another, as slots[i] (int32, on the device) of set i
+        name them."""
+        torch, batch = self.torch, len(slots[0])
+        each = -(-nbytes // (2 * 16 * batch)) * 16
+        rooms = [torch.zeros(batch * each, dtype=torch.uint8, device=self.device) for _ in slots]
+        index = self.device.index or 0
+
+        def run(i):
+            stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+            status = self.library.ceiling_update_slots(
+                ctypes.c_void_p(rooms[i].data_ptr()), ctypes.c_size_t(each),
+                ctypes.c_void_p(slots[i].data_ptr()), ctypes.c_uint(batch), index, stream)
+            if status:
+                raise RuntimeError("the ceiling through slots could not be launched")
+
+        return Contender(name, run)
 
 
 class Context:
@@ -181,6 +200,12 @@ def show(rows, file=sys.stdout):
         )
 
 
+def peer_versions(folder):
+    """The names of what tools/gpu --pack has unpacked, versions in them."""
+    found = sorted(entry.name for entry in folder.glob("*-[0-9]*")) if folder else []
+    return ", ".join(name.replace("-", " ").replace("_", "-") for name in found)
+
+
 def cases(context, only):
     for name in MODULES:
         try:
@@ -221,6 +246,7 @@ def main(arguments=None):
         if options.json:
             machine = {"device": torch.cuda.get_device_name(device), "l2": context.l2,
                        "torch": torch.__version__, "ssmk": ssmk.__version__,
+                       "peers": peer_versions(options.peers), "date": time.strftime("%Y-%m-%d"),
                        "command": "python -m ssmk.bench.cuda"}
             options.json.write_text(
                 json.dumps({"machine": machine, "rows": rows, "skipped": skipped}, indent=1) + "\n")

@@ -198,20 +198,25 @@ def table(run):
 # Markdown
 
 
+def line_of(cells):
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
 def markdown(run):
     lines = [f"- {line}" for line in machine_lines(run)]
     for title, header, rows in tables(run):
         cells = [header, ["---"] * len(header), *rows]
-        lines += ["", f"### {title}", ""] + [
-            "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells
-        ]
+        lines += ["", f"### {title}", "", *map(line_of, cells)]
     lines += ["", *(f"- {line}" for line in remarks(run))] if remarks(run) else []
     return "\n".join(lines) + "\n"
 
 
 def write_markdown(run, path):
+    write_text(markdown(run), path)
+
+
+def write_text(text, path):
     """To a file, or between its marks if it has them, or to standard output."""
-    text = markdown(run)
     if path == "-":
         sys.stdout.write(text)
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""state_update: decode steps of Mamba-2 and 3 layers (headdim 64) and Mamba-1 layers in a bf16 model."""
+"""state_update: decode steps of a bf16 model, with layers of Mamba-1, 2 and 3 (headdim 64)."""
 
 import ssmk
 
@@ -17,12 +17,16 @@ HEADS = (
       for n in (16, 32, 64, 96, 256) for dtype in ("bfloat16", "float32")),
 )
 HEADDIM = 64
-# dim, dstate, dtype of the state, batches
+# dim, dstate, dtype of the state, batches, tokens
 CHANNELS = (
-    (5120, 16, "float32", (1, 16, 128, 512)),
-    (5120, 16, "bfloat16", (1, 16, 128, 512)),
-    (1536, 16, "float32", (128,)),
-    (1536, 128, "float32", (128,)),
+    (5120, 16, "float32", (1, 16, 128, 512), 1),
+    (5120, 16, "bfloat16", (1, 16, 128, 512), 1),
+    (1536, 16, "float32", (128,), 1),
+    (1536, 128, "float32", (128,), 1),
+    (1536, 16, "bfloat16", (128,), 1),
+    (1536, 128, "bfloat16", (128,), 1),
+    (5120, 16, "float32", (1, 16, 128, 512), 4),
+    (5120, 16, "bfloat16", (1, 16, 128, 512), 4),
 )
 # Mamba-3: ranks, dtype of the state, tokens, batches
 MAMBA3 = tuple(
@@ -41,11 +45,12 @@ def cases(context, only):
             if only.search(name):
                 shape = (nheads, HEADDIM)
                 yield case(context, name, shape, ngroups, dstate, dtype, batch, tokens)
-    for dim, dstate, dtype, batches in CHANNELS:
+    for dim, dstate, dtype, batches, tokens in CHANNELS:
         for batch in batches:
-            name = f"state_update Mamba-1, dim {dim}, dstate {dstate}, {dtype} state, batch {batch}"
+            name = f"state_update Mamba-1, dim {dim}, dstate {dstate}, {dtype} state"
+            name += f", {tokens} tokens, batch {batch}"
             if only.search(name):
-                yield case(context, name, (dim,), None, dstate, dtype, batch, 1)
+                yield case(context, name, (dim,), None, dstate, dtype, batch, tokens)
     for rank, dtype, tokens, batches in MAMBA3:
         for batch in batches:
             name = f"state_update Mamba-3, {MAMBA3_SIZES[0]} heads, "
@@ -214,7 +219,8 @@ def mamba3_case(context, name, rank, dtype, batch, tokens):
     items = nheads * HEADDIM
     ranks = (rank,) if rank > 1 else ()
     weights = {
-        "D": context.normal(nheads, dtype=f32), "dt_bias": context.normal(nheads, dtype=f32) / 2 - 2,
+        "D": context.normal(nheads, dtype=f32),
+        "dt_bias": context.normal(nheads, dtype=f32) / 2 - 2,
         "B_bias": context.normal(nheads, rank, dstate, dtype=f32),
         "C_bias": context.normal(nheads, rank, dstate, dtype=f32),
         "rotary": "half" if rank > 1 else "interleaved", "dt_softplus": True,
