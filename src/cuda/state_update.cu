@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Decode on the GPU: which kernel, how many blocks.  Nothing here depends on anything but sizes,
 // dtypes and strides, so a captured launch stays right.
-#include "cuda/state_update_channels.cuh"
+#include "cuda/state_update_channels_launch.cuh"
 #include "cuda/state_update_heads.cuh"
 #include "cuda/state_update_launch.cuh"
 #include "cuda/state_update_packed.cuh"

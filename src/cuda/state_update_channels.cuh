@@ -13,18 +13,17 @@
 // The arithmetic is that of update_heads(), operation by operation, so bits depend on none of this.
 #pragma once
 
-#include "cuda/state_update_launch.cuh"
+#include "cuda/hints.cuh"
 #include "cuda/state_update_packed.cuh"
 
 namespace ssmk::cuda {
 
 struct ChannelsProblem : PackedProblem {
-  int batch, walk;                            // walk: batch rows of a block
-  int padded, ring;                           // of shared memory: see update_channels()
-  int64_t x_step, z_step, dt_step, out_step;  // from one batch row to the next, in bytes
-  int dt_shift;                               // makes bits of dt, but a float16, a float32
-  int hinted;                                 // blocks that have time for hints
-  bool deep;                                  // hints reach to the states, or else to slots
+  int batch, walk;   // walk: batch rows of a block
+  int padded, ring;  // of shared memory: see update_channels()
+  int dt_shift;      // makes bits of dt, but a float16, a float32
+  int hinted;        // blocks that have time for hints
+  bool deep;         // hints reach to the states, or else to slots
 };
 
 constexpr int kChannelsThreads = 128;
@@ -35,63 +34,6 @@ struct RowPlan {
   int in, out;  // in: -1 if the row is a pad
   int tokens, intermediate, start;
 };
-
-__device__ __forceinline__ void bring_to_l2(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// An index that may change before this kernel may look at it.  It does not come from the
-// first-level cache, nor does it get there.
-__device__ __forceinline__ int64_t peek_index(const Near<2> &v, int i, int j) {
-  const char *const p = v.at(i, j);
-  if (v.dtype == DType::kI64) {
-    int64_t index;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(index) : "l"(p));
-    return index;
-  }
-  int32_t index;
-  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(index) : "l"(p));
-  return index;
-}
-
-// Values as bits in 32, by an address of which the compiler may not know that it is global.
-template <class T>
-__device__ __forceinline__ uint32_t load_near(const char *p) {
-  uint32_t bits;
-  if constexpr (sizeof(T) == 4)
-    asm volatile("ld.global.b32 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
-  else
-    asm volatile("ld.global.u16 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
-  return bits;
-}
-
-template <class T>
-__device__ __forceinline__ void store_near(char *p, T value) {
-  const auto bits = reinterpret_cast<const typename Word<sizeof(T)>::type &>(value);
-  if constexpr (sizeof(T) == 4)
-    asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(bits) : "memory");
-  else
-    asm volatile("st.global.b16 [%0], %1;" ::"l"(p), "h"(bits) : "memory");
-}
-
-template <class T>
-__device__ __forceinline__ float widen_bits(uint32_t bits) {
-  if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
-  if constexpr (dtype_for<T> == DType::kBF16) return __uint_as_float(bits << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
-// Shared memory by its address there.
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void load_shared(uint32_t at, float *to) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-               : "r"(at)
-               : "memory");
-}
 
 // S: states.  X: x, z, B, C and out.  kLogLanes: log2 of the lanes of a row if its packs are as
 // many, rows of states and of A lie side by side and a warp's rows are all there; else -1.
@@ -145,7 +87,7 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
   const auto rate_at = [&](int r, int c) {
     return reinterpret_cast<const float *>(p.A.at(head, row_of(r))) + pack_of(c) * K;
   };
-  // Of the present batch row; without z that is x, and not used.
+  // Without z that is x, and not used.
   const char *x_at = p.x.at(first, 0, head, own_row);
   const char *z_at = p.z.given() ? p.z.at(first, 0, head, own_row) : x_at;
   const char *dt_at = p.dt.at(first, 0, head, own_row);
@@ -156,13 +98,15 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
     return reinterpret_cast<const X *>(v.at(first + i, t, group)) + pack * K;
   };
 
-  // Hints.  Tokens after the first come one behind the other: a warp brings all of a batch row.
+  // Hints.  Tokens come one behind the other: the warps of a block bring by turns what it needs of
+  // a batch row, in sixteen parts.
   const auto bring_tokens = [&](int i) {
-    const int thread = threadIdx.x % 32;
-    const int part = warp_row + (thread & 3) * (apart * kRows / 4);
-    const int row = kTight ? part : min(part, p.headdim - 1);
+    if ((i ^ threadIdx.x / 32) % (kChannelsThreads / 32)) return;
+    const int rows = apart * kRows * (kChannelsThreads / 32);
+    const int part = blockIdx.x * rows + (threadIdx.x % 16) * (rows / 16);
+    const int row = min(part, p.headdim - 1);
 #pragma unroll 1
-    for (int t = 1 + thread / 4; t < p.ntokens; t += 8) {
+    for (int t = threadIdx.x % 32 / 16; t < p.ntokens; t += 2) {
       bring_to_l2(p.x.at(first + i, t, head, row));
       bring_to_l2(p.dt.at(first + i, t, head, row));
       if (p.z.given()) bring_to_l2(p.z.at(first + i, t, head, row));
@@ -257,15 +201,15 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
   struct TokenBits {
     uint32_t x, z, dt;
   };
-  const auto fetch_token = [&](bool next_row, int t) {
-    const auto at = [&](const char *from, const Near<4> &v, int64_t step) {
-      if (next_row) from += step;
+  const auto fetch_token = [&](int i, int t) {
+    const auto at = [&](const char *from, const Near<4> &v) {
+      if (kWalks) from += int64_t(i) * v.stride[0];
       return kOne ? from : from + int64_t(t) * v.stride[1];
     };
     TokenBits bits;
-    bits.dt = load_bits(at(dt_at, p.dt, p.dt_step), p.dt.dtype);
-    bits.x = load_near<X>(at(x_at, p.x, p.x_step));
-    bits.z = load_near<X>(at(z_at, p.z, p.z_step));
+    bits.dt = load_bits(at(dt_at, p.dt), p.dt.dtype);
+    bits.x = load_near<X>(at(x_at, p.x));
+    bits.z = load_near<X>(at(z_at, p.z));
     return bits;
   };
   Pack<X, K> B_bits[kChunks], C_bits[kChunks];
@@ -286,7 +230,7 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
     fetch_states(plan, 0);
     fetch_coefficients(0);
   }
-  TokenBits bits = fetch_token(false, 0);
+  TokenBits bits = fetch_token(0, 0);
   Pack<float, K> rate[kRows][kChunks];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
@@ -339,10 +283,12 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
 
   for (int i = 0; i < batch_rows; ++i) {
     const auto store_output = [&](int t, float value) {
-      if (stores)
-        store_near(kOne ? out_at : out_at + int64_t(t) * p.out.stride[1], narrow<X>(value));
+      char *to = kWalks ? out_at + int64_t(i) * p.out.stride[0] : out_at;
+      if (!kOne) to += int64_t(t) * p.out.stride[1];
+      if (stores) store_near(to, narrow<X>(value));
     };
     const auto zero_output = [&](int from_token) {
+#pragma unroll 1
       for (int t = from_token; t < ntokens; ++t) store_output(t, 0.0f);
     };
 
@@ -356,22 +302,18 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
         const uint4 v = kRing ? *in_ring(i, r, c) : raw[r][c];
         widen(reinterpret_cast<const Pack<S, K> &>(v), h[r][c]);
       }
-    TokenBits next_row = bits;
     if constexpr (kWalks) {
       if (i + kAhead < batch_rows) fetch_states(plans[i + kAhead], i + kAhead);
       close_fetch();
-      if (i + 1 < batch_rows) {
-        next_row = fetch_token(true, 0);
-        if (!kOne) bring_tokens(i + 1);
-      }
+      if (!kOne && i + 1 < batch_rows) bring_tokens(i + 1);
     }
-    const auto to_next_row = [&] {
-      bits = next_row;
-      x_at += p.x_step, z_at += p.z_step, dt_at += p.dt_step, out_at += p.out_step;
+    const auto fetch_next_row = [&] {
+      if (kWalks && i + 1 < batch_rows) bits = fetch_token(i + 1, 0);
     };
+    const int tokens = kOne ? 1 : plan.in < 0 ? 0 : plan.tokens;
+    if (kOne ? plan.in < 0 : tokens == 0) fetch_next_row();
     if (plan.in < 0) {
       zero_output(0);
-      to_next_row();
       continue;
     }
 
@@ -384,18 +326,20 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
             store_pack_once(reinterpret_cast<S *>(pack_at(to, row_stride, r, c)),
                             narrow_pack<S>(h[r][c]));
     };
-    const int tokens = kOne ? 1 : plan.tokens;
     uint32_t token_at = first_token + i * ntokens * padded * 8;
     for (int t = 0; t < tokens; ++t, token_at += padded * 8) {
-      TokenBits next_token = bits;
-      if (!kOne && t + 1 < tokens) next_token = fetch_token(false, t + 1);
       const float dt_now = dtype_for<X> == DType::kF16 ? value_of(bits.dt, p.dt.dtype)
                                                        : __uint_as_float(bits.dt << p.dt_shift);
-      const float dt = transform_dt(p.dt_transform, dt_now + bias), x = widen_bits<X>(bits.x);
+      const float x = widen_bits<X>(bits.x), z = widen_bits<X>(bits.z);
+      if (!kOne && t + 1 < tokens)
+        bits = fetch_token(i, t + 1);
+      else
+        fetch_next_row();
+      const float dt = transform_dt(p.dt_transform, dt_now + bias);
       const float decay = dt * kLog2e, input = dt * x;
       // Without D not 0 x: x may be infinite.
       const float skip = p.D.given() ? __fmul_rn(D, x) : 0.0f;
-      const float gate = p.z.given() ? silu(widen_bits<X>(bits.z)) : 1.0f;
+      const float gate = p.z.given() ? silu(z) : 1.0f;
 
       float y[kRows] = {};
       float decays[kRows], inputs[kRows];
@@ -433,7 +377,6 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
       if (!kOne && !kWalks && t + 1 < tokens) fetch_coefficients(t + 1);
       sum_lanes<kRows>(y, lane, lanes);
       store_output(t, (y[0] + skip) * gate);
-      bits = next_token;
 
       if constexpr (!kOne) {
         if (plan.intermediate >= 0)
@@ -446,109 +389,12 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
     }
 
     if (!kOne) zero_output(tokens);
-    to_next_row();
     if (p.slots.keep_state || (!kOne && p.slots.out_per_token)) continue;
     // Without tokens a state that stays where it is is left alone.
     char *const to = in_slot(plan.out);
     if (!kOne && tokens == 0 && source_of(plan) == to) continue;
     keep(to, p.state.stride[2]);
   }
-}
-
-// ---- Which of them
-
-// Blocks on a multiprocessor: as many as the registers that the states take leave room for.
-constexpr int channels_blocks(int states, bool tight, bool one, int ahead) {
-  if (tight) return !one ? 5 : ahead == 1 ? 5 : ahead ? 6 : 7;
-  if (states > 16) return 3;
-  if (!one) return states > 8 ? 4 : 6;
-  return ahead ? 4 : 6;
-}
-
-template <class S, class X, int kLogLanes, int kRows, int kChunks, bool kOne, int kAhead>
-struct ChannelsKernel {
-  static constexpr int kBlocks =
-      channels_blocks(kRows * kChunks * kPack<S>, kLogLanes >= 0, kOne, kAhead) +
-      (sizeof(S) == 2 && kLogLanes >= 0 && kOne && kAhead > 0);
-
-  static int64_t blocks_of_a_row(const PackedProblem &p, const StateUpdateProblem &q) {
-    const int64_t rows = int64_t(kChannelsThreads >> p.log_lanes) * kRows;
-    return (q.headdim + rows - 1) / rows;
-  }
-
-  static ssmk_status run(ChannelsProblem p, const StateUpdateProblem &q, const Call &call) {
-    int64_t shared = 0;
-    if (kAhead > 0) shared = p.walk * q.ntokens * p.padded * 8;
-    p.ring = int(shared / 16);
-    if (kAhead > 1) shared += kAhead * kRows * kChunks * kChannelsThreads * 16;
-    if (kAhead == 0) p.walk = 1;
-    return each_grid(p, update_channels<S, X, kLogLanes, kRows, kChunks, kOne, kAhead, kBlocks>,
-                     blocks_of_a_row(p, q), q.nheads, (q.batch + p.walk - 1) / p.walk,
-                     kChannelsThreads, shared, call);
-  }
-};
-
-constexpr int64_t kChannelsStage = 16 << 10;  // bytes of B and C in shared memory
-constexpr int64_t kDeepBytes = 24 << 20;      // of states that hints may bring to the cache
-
-// One batch row a thread while that fits on the device at once.  Then as few rows a thread as make
-// it fit, with one in advance; and where a block would stay for too long, more in advance.
-template <class One, class Walk, class Far>
-ssmk_status run_channels(ChannelsProblem p, const StateUpdateProblem &q, const Call &call) {
-  int sms = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, call.device);
-  if (error != cudaSuccess) return device_error(call, "asking about", error);
-  const int64_t one = q.batch * q.nheads * One::blocks_of_a_row(p, q);
-  const int64_t most = kChannelsStage / (q.ntokens * p.padded * 8);
-  if (one <= sms * One::kBlocks || most < 2) {
-    p.deep = one <= sms / 2;
-    return One::run(p, q, call);
-  }
-  const int64_t blocks = q.batch * q.nheads * Walk::blocks_of_a_row(p, q);
-  const int64_t at_once = sms * Walk::kBlocks;
-  int64_t walk = (blocks + at_once - 1) / at_once;
-  const bool far = walk > 8;
-  if (far) walk = 8;
-  p.walk = int(walk < 2 ? 2 : walk > most ? most : walk);
-  p.hinted = sms * (far ? Far::kBlocks : Walk::kBlocks);
-  p.deep = q.batch * q.nheads * q.headdim * q.dstate * size_of(q.state.dtype) <= kDeepBytes;
-  return far ? Far::run(p, q, call) : Walk::run(p, q, call);
-}
-
-// A call for which there is a PackedProblem, and whose states have each a decay of their own.
-template <class S, class X>
-ssmk_status channels(const Cut &cut, const PackedProblem &packed, const StateUpdateProblem &q,
-                     const Call &call) {
-  constexpr int K = kPack<S>, kLog = K == 4 ? 2 : 1, kRows = 1 << kLog;
-  const Slots &s = q.slots;
-  const bool one = q.ntokens == 1 && !s.num_tokens.given() && !s.num_accepted.given() &&
-                   !s.out_per_token && !q.intermediate.given();
-  ChannelsProblem p = {packed};
-  p.batch = int(q.batch);
-  p.x_step = p.x.stride[0], p.z_step = p.z.stride[0];
-  p.dt_step = p.dt.stride[0], p.out_step = p.out.stride[0];
-  p.dt_shift = q.dt.dtype == DType::kBF16 ? 16 : 0;
-  p.padded = cut.lanes() * cut.chunks * K;
-  const bool tight = q.dstate == 16 && q.headdim % 32 == 0 && q.state.stride[2] == 16 &&
-                     q.A.stride[1] == 16 &&
-                     (!q.intermediate.given() || q.intermediate.stride[3] == 16);
-  if (tight && one)
-    return run_channels<ChannelsKernel<S, X, kLog, kRows, 1, true, 0>,
-                        ChannelsKernel<S, X, kLog, kRows, 1, true, 1>,
-                        ChannelsKernel<S, X, kLog, kRows, 1, true, 3>>(p, q, call);
-  // In registers where they leave room for it.
-  using Tokens = ChannelsKernel<S, X, kLog, kRows, 1, false, K == 4 ? 2 : 1>;
-  if (tight)
-    return run_channels<ChannelsKernel<S, X, kLog, kRows, 1, false, 0>, Tokens, Tokens>(p, q, call);
-  if (cut.chunks == 3) return ChannelsKernel<S, X, -1, 1, 3, false, 0>::run(p, q, call);
-  if (cut.chunks == 2) return ChannelsKernel<S, X, -1, 1, 2, false, 0>::run(p, q, call);
-  if (cut.lanes() < 4) return ChannelsKernel<S, X, -1, 1, 1, false, 0>::run(p, q, call);
-  using Any = ChannelsKernel<S, X, -1, 4, 1, true, 1>;
-  using AnyTokens = ChannelsKernel<S, X, -1, kRows, 1, false, 2>;
-  if (one) return run_channels<ChannelsKernel<S, X, -1, kRows, 1, true, 0>, Any, Any>(p, q, call);
-  return run_channels<ChannelsKernel<S, X, -1, kRows, 1, false, 0>, AnyTokens, AnyTokens>(p, q,
-                                                                                          call);
 }
 
 }  // namespace ssmk::cuda
