@@ -7,10 +7,6 @@
 
 namespace ssmk::cuda {
 
-__device__ __forceinline__ void bring_to_l2(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // An index that may change before this kernel may look at it.  It does not come from the
 // first-level cache, nor does it get there.
 __device__ __forceinline__ int64_t peek_index(const Near<2> &v, int i, int j) {

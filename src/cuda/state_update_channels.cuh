@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
     const int row = min(part, p.headdim - 1);
 #pragma unroll 1
     for (int t = threadIdx.x % 32 / 16; t < p.ntokens; t += 2) {
-      bring_to_l2(p.x.at(first + i, t, head, row));
-      bring_to_l2(p.dt.at(first + i, t, head, row));
-      if (p.z.given()) bring_to_l2(p.z.at(first + i, t, head, row));
+      fetch(p.x.at(first + i, t, head, row));
+      fetch(p.dt.at(first + i, t, head, row));
+      if (p.z.given()) fetch(p.z.at(first + i, t, head, row));
     }
   };
   if (!kOne) bring_tokens(0);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
 #pragma unroll
   for (int d = 0; d < kGuesses; ++d) guesses[d] = -1;
   const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  if (!kWalks && p.in.given()) bring_to_l2(p.in.at(first));
+  if (!kWalks && p.in.given()) fetch(p.in.at(first));
   if (kWalks ? block < p.hinted : p.deep) {
 #pragma unroll
     for (int d = 0; d < kGuesses; ++d)
@@ -130,14 +130,14 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) bring_to_l2(rate_at(r, c));
-      if (p.D.given()) bring_to_l2(p.D.at(head, own_row));
-      if (p.dt_bias.given()) bring_to_l2(p.dt_bias.at(head, own_row));
-      bring_to_l2(x_at);
-      bring_to_l2(dt_at);
-      bring_to_l2(z_at);
-      if (!kWalks) bring_to_l2(coefficients_at(p.B, 0, 0, pack_of(0)));
-      if (!kWalks) bring_to_l2(coefficients_at(p.C, 0, 0, pack_of(0)));
+        for (int c = 0; c < kChunks; ++c) fetch(rate_at(r, c));
+      if (p.D.given()) fetch(p.D.at(head, own_row));
+      if (p.dt_bias.given()) fetch(p.dt_bias.at(head, own_row));
+      fetch(x_at);
+      fetch(dt_at);
+      fetch(z_at);
+      if (!kWalks) fetch(coefficients_at(p.B, 0, 0, pack_of(0)));
+      if (!kWalks) fetch(coefficients_at(p.C, 0, 0, pack_of(0)));
 #pragma unroll
       for (int d = 0; d < kGuesses; ++d)
         if (guesses[d] >= 0) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
           for (int r = 0; r < kRows; ++r)
 #pragma unroll
             for (int c = 0; c < kChunks; ++c)
-              bring_to_l2(pack_at(in_slot(guesses[d]), p.state.stride[2], r, c));
+              fetch(pack_at(in_slot(guesses[d]), p.state.stride[2], r, c));
         }
     }
   }
