@@ -98,6 +98,37 @@ def test_every_shape(ops, rng, shape, T, rank):
     )
 
 
+# Of layers as models have them, for which a backend may have kernels of their own.
+USUAL = [(64, 128), (40, 128), (96, 128), (130, 128), (64, 64)]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("rank", [None, 2, 4])
+@pytest.mark.parametrize("T", [None, 3])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_usual_layers(ops, rng, dtype, T, rank):
+    """Right, and of the bits that strided tensors give."""
+    parts = SISO if rank is None else MIMO
+    dtypes = dict.fromkeys((*STATES, *KEPT, "x", "z", "B", "C"), dtype)
+    for headdim, dstate in USUAL:
+        p = Update(3, T, nheads=2, headdim=headdim, dstate=dstate, rank=rank, parts=parts,
+                   nangles=dstate // 4, rotary="half" if rank else "interleaved", dtype=dtypes)
+        check(ops, rng, replace(p, pool=9, reads=0, writes=0))
+        check(ops, rng, replace(p, parts=("trap",), nangles=0, tied=("dt", "D"), keep_state=True))
+        check(ops, rng, replace(p, has=(), parts=tuple(n for n in parts if n != "mimo_z")))
+        if T:
+            check(ops, rng, replace(p, counts=True, intermediate=4, accepted=True))
+        a = make(rng, p)
+        moved = {
+            n: laid(rng, v, "mixed") if isinstance(v, np.ndarray) else v for n, v in a.items()
+        }
+        strided = {n: s.array for n, s in pools(rng, replace(p, layout="mixed"), {}).items()}
+        want, after = run(ops, a, {n: np.ascontiguousarray(s) for n, s in strided.items()})
+        assert_same_bits(ops.state_update(**strided, **moved), want)
+        for name in STATES:
+            assert_same_bits(strided[name], after[name], name)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("states", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -11,19 +11,6 @@ namespace {
 
 constexpr int64_t kStageBytes = 24 << 10;  // of tokens in shared memory at a time
 
-// A view for Near: false if its strides do not fit.
-template <int To, int From>
-bool near(const View<From> &v, const int (&axes)[To], Near<To> *to) {
-  to->data = v.data;
-  to->dtype = v.dtype;
-  for (int k = 0; k < To; ++k) {
-    const int64_t bytes = v.stride[axes[k]] * size_of(v.dtype);
-    to->stride[k] = int32_t(bytes);
-    if (to->stride[k] != bytes) return false;
-  }
-  return true;
-}
-
 template <class S, class X, int kRows, int kChunks, int kThreads>
 ssmk_status run_packed(const PackedProblem &p, const StateUpdateProblem &q, const Call &call) {
   const int64_t rows = int64_t(kThreads >> p.log_lanes) * kRows;

@@ -10,11 +10,9 @@
 // tokens; the last one writes the small states.
 #pragma once
 
-#include "cuda/state_update_lanes.cuh"
+#include "cuda/state_update_mamba3_common.cuh"
 
 namespace ssmk::cuda {
-
-constexpr int kMamba3Threads = 256;
 
 struct Mamba3Launch {
   StateUpdateProblem p;
@@ -31,27 +29,10 @@ inline int64_t mamba3_shared_floats(const StateUpdateProblem &p, int padded, int
          4 * p.headdim + 3 * p.mamba3.nangles;
 }
 
-constexpr float kTwoPi = 0x1.921fb6p+2f, kTwoPiLow = -0x1.777a5cp-23f;  // their sum is 2 pi
-
-// (theta + pi half_turns) mod 2 pi, in [0, 2 pi).
-__device__ __forceinline__ float turned(float theta, float half_turns) {
-  // The step, less its whole turns (exactly), and what rounding takes from it.
-  const float turn = half_turns - 2.0f * rintf(half_turns * 0.5f);
-  const float pi = kTwoPi / 2, step = turn * pi;
-  const float step_low = fmaf(turn, pi, -step) + turn * (kTwoPiLow / 2);
-  const float sum = theta + step, part = sum - theta;
-  const float low = ((theta - (sum - part)) + (step - part)) + step_low;
-  const float whole = floorf(sum * (1 / kTwoPi));
-  float at = fmaf(-whole, kTwoPi, sum) + fmaf(-whole, kTwoPiLow, low);
-  if (at < 0) at += kTwoPi;
-  if (at >= kTwoPi) at -= kTwoPi;
-  return at;
-}
-
-template <class S, int kRows, int kChunks, bool kPacked>
-__global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
+template <int kChunks>
+__global__ void __launch_bounds__(kMamba3Threads, 1)
     update_mamba3(const __grid_constant__ Mamba3Launch launch) {
-  constexpr int K = kPack<S>, kThreads = kMamba3Threads;
+  constexpr int K = kEight, kThreads = kMamba3Threads;
   extern __shared__ float4 shared[];
   __shared__ float partial[kThreads / 32];
   begin();
@@ -62,7 +43,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
   const int64_t b = launch.first_batch + blockIdx.z;
   const int rank = int(m.rank), headdim = int(p.headdim), n = int(p.dstate),
             nangles = int(m.nangles), padded = launch.padded, thread = threadIdx.x;
-  const bool trap = p.trap.given(), one_decay = kPacked || launch.one_decay;
+  const bool trap = p.trap.given(), one_decay = launch.one_decay;
   const RowSlots slots = row_slots(p, b);
   const auto zero_output = [&](int from_token) {
     const int ranks = m.mimo_out.given() ? 1 : rank;
@@ -88,12 +69,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
   float *const theta = take(nangles), *const sine = take(nangles), *const cosine = take(nangles);
   float *const scales = take(rank);
 
-  // Rows of this thread: a warp's are neighbours.
   const int lanes = 1 << launch.log_lanes, lane = thread & (lanes - 1);
-  const int apart = lanes < 32 ? 32 >> launch.log_lanes : 1;
-  const int block_rows = (kThreads >> launch.log_lanes) * kRows;
-  const int mine = lanes > 32 ? thread >> launch.log_lanes
-                              : thread / 32 * (apart * kRows) + (thread % 32 >> launch.log_lanes);
+  const int block_rows = kThreads >> launch.log_lanes, mine = thread >> launch.log_lanes;
 
   const States source = slots.start >= 0 ? states_after(p, slots.intermediate, slots.start, head)
                                          : states_in(p, slots.in, head);
@@ -139,15 +116,19 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
     return bias.given() ? value + load_at(bias, head, r, i) : value;
   };
   const auto rotated = [&](const View<5> &from, const View<3> &bias, int t, int r, int i) {
-    const float value = projected(from, bias, t, r, i);
+    float value = projected(from, bias, t, r, i);
     const int half = n / 2;
     const bool second = m.rotary_half ? i >= half : i & 1;
     const int j = m.rotary_half ? (second ? i - half : i) : i / 2;
     if (j >= nangles) return value;
     const int other = m.rotary_half ? (second ? j : j + half) : i ^ 1;
-    const float partner = projected(from, bias, t, r, other);
-    return second ? fmaf(partner, sine[j], value * cosine[j])
-                  : fmaf(value, cosine[j], -(partner * sine[j]));
+    float partner = projected(from, bias, t, r, other);
+    if (second) {
+      turn_pair(&partner, &value, sine[j], cosine[j]);
+    } else {
+      turn_pair(&value, &partner, sine[j], cosine[j]);
+    }
+    return value;
   };
   const auto prepare = [&](int t) {
     for (int i = thread; i < headdim; i += kThreads) {
@@ -160,7 +141,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
     }
     for (int i = thread; i < nangles; i += kThreads) {
       theta[i] = turned(theta[i], tanhf(load_at(p.angles, b, t, head, i)) * dt_of(t, 0));
-      sincospif(theta[i] * 0.318309886f, &sine[i], &cosine[i]);
+      sine_cosine(theta[i], &sine[i], &cosine[i]);
     }
     __syncthreads();
     for (int r = 0; r < rank; ++r)
@@ -168,19 +149,15 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
         k[r * padded + place<K>(i, padded)] = rotated(p.B, m.B_bias, t, r, i);
         q[r * padded + place<K>(i, padded)] = rotated(p.C, m.C_bias, t, r, i);
       }
-    float now = 1.0f, then = 0.0f;
-    if (trap) {
-      const float value = load_at(p.trap, b, t, head);
-      now = m.trap_sigmoid ? value : sigmoid(value);
-      then = m.trap_sigmoid ? 1.0f - value : sigmoid(-value);
-    }
+    Trapezoid f;
+    if (trap) f = trapezoid(m.trap_sigmoid, load_at(p.trap, b, t, head));
     for (int r = 0; r < rank; ++r)
       for (int i = thread; i < headdim; i += kThreads) {
         const float psi = m.mimo_x.given() ? load_at(m.mimo_x, head, r, i) : 1.0f, dt = dts[i];
-        u[r * headdim + i] = now * dt * (psi * x[i]);
+        u[r * headdim + i] = new_coefficient(f, dt, psi * x[i]);
         if (trap)
           // A decay of its own for each state is multiplied to it below.
-          w[r * headdim + i] = then * dt * (one_decay ? decays[i] : 1.0f) * (psi * v[i]);
+          w[r * headdim + i] = old_coefficient(f, dt, one_decay ? decays[i] : 1.0f, psi * v[i]);
       }
     __syncthreads();
   };
@@ -197,11 +174,8 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
     if (m.norm_weight.given()) {
       __syncthreads();
       for (int r = thread / 32; r < rank; r += kThreads / 32) {
-        float squares = 0.0f;
-        for (int i = thread % 32; i < headdim; i += 32)
-          squares = fmaf(y[r * headdim + i], y[r * headdim + i], squares);
-        for (int off = 16; off; off >>= 1) squares += __shfl_xor_sync(~0u, squares, off);
-        if (thread % 32 == 0) scales[r] = 1.0f / sqrtf(squares / float(headdim) + m.norm_eps);
+        const float scale = norm_scale(y + r * headdim, headdim, m.norm_eps);
+        if (thread % 32 == 0) scales[r] = scale;
       }
       __syncthreads();
     }
@@ -211,9 +185,11 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
       for (int r = 0; r < rank; ++r) {
         float o = y[r * headdim + i];
         if (m.norm_weight.given()) o = o * scales[r] * load_at(m.norm_weight, head, i);
-        if (p.z.given()) o *= silu(m.mimo_z.given() ? load_at(m.mimo_z, head, r, i) * z : z);
+        if (p.z.given())
+          o *= silu(m.mimo_z.given() ? __fmul_rn(load_at(m.mimo_z, head, r, i), z) : z);
         if (m.mimo_out.given()) {
-          total = fmaf(load_at(m.mimo_out, head, r, i), o, total);
+          const float part = __fmul_rn(load_at(m.mimo_out, head, r, i), o);
+          total = r ? total + part : part;
         } else {
           store_at(p.out, o, b, t, r, head, i);
         }
@@ -223,25 +199,13 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
   };
 
   for (int pass = 0; pass < launch.passes; ++pass) {
-    const int row0 = pass * block_rows + mine;
-    const bool last_pass = pass == launch.passes - 1;
-    const auto here = [&](int r, int c) {
-      return row0 + r * apart < headdim && c * lanes + lane < launch.packs;
-    };
-    float h[kRows][kChunks][K];
-    Pack<S, K> raw[kPacked ? kRows : 1][kPacked ? kChunks : 1] = {};
+    const int row = pass * block_rows + mine;
+    const bool last_pass = pass == launch.passes - 1, mine_too = row < headdim;
+    const auto here = [&](int c) { return mine_too && c * lanes + lane < launch.packs; };
+    float h[kChunks][K];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        if (here(r, c)) {
-          const int n0 = (c * lanes + lane) * K;
-          if constexpr (kPacked) {
-            raw[r][c] = load_pack_once<S, K>(pack_at<S>(source, row0 + r * apart, n0));
-          } else {
-            read_any<K>(source, row0 + r * apart, n0, n, h[r][c]);
-          }
-        }
+    for (int c = 0; c < kChunks; ++c)
+      if (here(c)) read_any<K>(source, row, (c * lanes + lane) * K, n, h[c]);
     // One token needs its keys made once.
     const bool made = pass > 0 && slots.tokens == 1;
     if (made) {
@@ -253,98 +217,70 @@ __global__ void __launch_bounds__(kMamba3Threads, kPacked ? 2 : 1)
       __syncthreads();
     }
     if (!made && slots.tokens > 0) prepare(0);
-    if constexpr (kPacked) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) widen(raw[r][c], h[r][c]);
-    }
     const auto keep = [&](const States &to) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-          if (here(r, c)) {
-            const int n0 = (c * lanes + lane) * K, row = row0 + r * apart;
-            if constexpr (kPacked) {
-              store_pack_once(pack_at<S>(to, row, n0), narrow_pack<S>(h[r][c]));
-            } else {
-              write_any<K>(to, row, n0, n, h[r][c]);
-            }
-          }
+      for (int c = 0; c < kChunks; ++c)
+        if (here(c)) write_any<K>(to, row, (c * lanes + lane) * K, n, h[c]);
     };
 
     for (int t = 0; t < slots.tokens; ++t) {
       if (t > 0) prepare(t);
       float *const y = ys + (launch.passes > 1 ? t : 0) * rank * headdim;
-      const auto add_keys = [&](const float *keys, const float *coefs) {
-        for (int r = 0; r < rank; ++r) {
-          float coef[kRows];
-#pragma unroll
-          for (int i = 0; i < kRows; ++i)
-            coef[i] = row0 + i * apart < headdim ? coefs[r * headdim + row0 + i * apart] : 0.0f;
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            if (c * lanes + lane >= launch.packs) continue;
-            float key[K];
-            read_row<K>(keys + r * padded, c * lanes + lane, padded, key);
-#pragma unroll
-            for (int i = 0; i < kRows; ++i)
-#pragma unroll
-              for (int e = 0; e < K; ++e) h[i][c][e] = fmaf(coef[i], key[e], h[i][c][e]);
-          }
-        }
-      };
-      if (!one_decay && trap) add_keys(before, w);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        if (row0 + i * apart < headdim) {
-          const int row = row0 + i * apart;
-          const float decay = decays[row];
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            if constexpr (kPacked) {
-#pragma unroll
-              for (int e = 0; e < K; ++e) h[i][c][e] *= decay;
-            } else if (one_decay) {
-#pragma unroll
-              for (int e = 0; e < K; ++e) h[i][c][e] *= decay;
-            } else if (here(i, c)) {
-              float rate[K];
-              read_any<K>({p.A.at(head), p.A.dtype, p.A.stride[1], p.A.stride[2]}, row,
-                          (c * lanes + lane) * K, n, rate);
-#pragma unroll
-              for (int e = 0; e < K; ++e) h[i][c][e] *= exp2_fast(dts[row] * kLog2e * rate[e]);
-            }
-          }
-        }
-      if (one_decay && trap) add_keys(before, w);
-      add_keys(k, u);
-      for (int r = 0; r < rank; ++r) {
-        float sum[kRows] = {};
+      const auto add_keys = [&](const float *keys, float coef, int r) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-          if (c * lanes + lane >= launch.packs) continue;
+          if (!here(c)) continue;
+          float key[K];
+          read_row<K>(keys + r * padded, c * lanes + lane, padded, key);
+#pragma unroll
+          for (int e = 0; e < K; ++e) h[c][e] = fmaf(coef, key[e], h[c][e]);
+        }
+      };
+      if (!one_decay && trap && mine_too)
+        for (int r = 0; r < rank; ++r) add_keys(before, w[r * headdim + row], r);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        if (!here(c)) continue;
+        if (one_decay) {
+#pragma unroll
+          for (int e = 0; e < K; ++e) h[c][e] *= decays[row];
+        } else {
+          float rate[K];
+          read_any<K>({p.A.at(head), p.A.dtype, p.A.stride[1], p.A.stride[2]}, row,
+                      (c * lanes + lane) * K, n, rate);
+#pragma unroll
+          for (int e = 0; e < K; ++e) h[c][e] *= exp2_fast(dts[row] * kLog2e * rate[e]);
+        }
+      }
+      for (int r = 0; mine_too && r < rank; ++r) {
+        if (one_decay && trap) add_keys(before, w[r * headdim + row], r);
+        add_keys(k, u[r * headdim + row], r);
+      }
+      for (int r = 0; r < rank; ++r) {
+        float even = 0.0f, odd = 0.0f;  // fours of states
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          if (!here(c)) continue;
           float query[K];
           read_row<K>(q + r * padded, c * lanes + lane, padded, query);
 #pragma unroll
-          for (int i = 0; i < kRows; ++i)
-#pragma unroll
-            for (int e = 0; e < K; ++e)
-              // States past the end are dropped, not multiplied by a padded 0.
-              if (kPacked || (c * lanes + lane) * K + e < n)
-                sum[i] = fmaf(h[i][c][e], query[e], sum[i]);
+          for (int e = 0; e < K; ++e)
+            // States past the end are dropped, not multiplied by a padded 0.
+            if ((c * lanes + lane) * K + e < n) {
+              float &sum = e < 4 ? even : odd;
+              sum = fmaf(h[c][e], query[e], sum);
+            }
         }
-        const int row = row0 + sum_lanes<kRows>(sum, lane, lanes < 32 ? lanes : 32) * apart;
-        if (!kPacked && lanes > 32) {
+        float sum[1] = {even + odd};
+        sum_neighbours<1>(sum, lane, lanes < 32 ? lanes : 32);
+        if (lanes > 32) {
           __syncthreads();
           if (thread % 32 == 0) partial[thread / 32] = sum[0];
           __syncthreads();
           sum[0] = 0;
           for (int i = 0; i < lanes / 32; ++i) sum[0] += partial[mine * (lanes / 32) + i];
         }
-        if ((lane & ((lanes >= kRows ? lanes / kRows : 1) - 1)) == 0 && row < headdim)
-          y[r * headdim + row] = sum[0];
+        if (lane == 0 && mine_too) y[r * headdim + row] = sum[0];
       }
       __syncthreads();
       if (launch.passes == 1) finish(t, y);

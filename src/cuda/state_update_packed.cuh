@@ -8,27 +8,10 @@
 // another.  The arithmetic is that of update_heads(), operation by operation.
 #pragma once
 
+#include "cuda/near.cuh"
 #include "cuda/state_update_lanes.cuh"
 
 namespace ssmk::cuda {
-
-// A view with strides in bytes that fit 32 bits: index * stride is one instruction, in 64 bits.
-template <int Rank>
-struct Near {
-  char *data = nullptr;
-  int32_t stride[Rank] = {};
-  DType dtype = DType::kNone;
-
-  __device__ bool given() const { return dtype != DType::kNone; }
-  template <class... Index>
-  __device__ __forceinline__ char *at(Index... index) const {
-    const int i[] = {int(index)...};
-    char *to = data;
-#pragma unroll
-    for (unsigned k = 0; k < sizeof...(Index); ++k) to += int64_t(i[k]) * stride[k];
-    return to;
-  }
-};
 
 // What the kernel needs of a StateUpdateProblem.
 struct PackedProblem {
@@ -52,12 +35,6 @@ struct TokenBits {
   uint32_t dt;
   Pack<X, K> B[kChunks], C[kChunks];
 };
-
-__device__ __forceinline__ int64_t near_index(const Near<2> &v, int i, int j) {
-  const char *const p = v.at(i, j);
-  return v.dtype == DType::kI64 ? *reinterpret_cast<const int64_t *>(p)
-                                : *reinterpret_cast<const int32_t *>(p);
-}
 
 // S: states.  X: x, z, B, C and out; the other values may have any dtype.
 template <class S, class X, int kRows, int kChunks, int kThreads>

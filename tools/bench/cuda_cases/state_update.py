@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""state_update: decode steps of Mamba-2 layers (headdim 64) and Mamba-1 layers in a bf16 model."""
+"""state_update: decode steps of a bf16 model, with layers of Mamba-1, 2 and 3 (headdim 64)."""
 
 import ssmk
 
@@ -28,6 +28,12 @@ CHANNELS = (
     (5120, 16, "float32", (1, 16, 128, 512), 4),
     (5120, 16, "bfloat16", (1, 16, 128, 512), 4),
 )
+# Mamba-3: ranks, dtype of the state, tokens, batches
+MAMBA3 = tuple(
+    (rank, dtype, tokens, (1, 16, 64, 256))
+    for rank in (1, 4) for tokens in (1, 4) for dtype in ("bfloat16", "float32")
+)
+MAMBA3_SIZES = 64, 128, 32  # heads, dstate, angles
 TOLERANCE = 2e-2
 
 
@@ -45,6 +51,13 @@ def cases(context, only):
             name += f", {tokens} tokens, batch {batch}"
             if only.search(name):
                 yield case(context, name, (dim,), None, dstate, dtype, batch, tokens)
+    for rank, dtype, tokens, batches in MAMBA3:
+        for batch in batches:
+            name = f"state_update Mamba-3, {MAMBA3_SIZES[0]} heads, "
+            name += f"{f'rank {rank}' if rank > 1 else 'SISO'}, {dtype} state"
+            name += f", {tokens} tokens, batch {batch}" if tokens > 1 else f", batch {batch}"
+            if only.search(name):
+                yield mamba3_case(context, name, rank, dtype, batch, tokens)
 
 
 def expected(torch, state, x, dt, A, B, C, D, z, dt_bias, slots):
@@ -146,4 +159,125 @@ def case(context, name, shape, ngroups, dstate, dtype, batch, tokens):
             peers.append((label, str(e)))
     if not heads:
         peers.append(("FlashInfer", "takes heads only"))
+    return Case(name, moved, sets, Contender("ssmk", run, error_of(run), TOLERANCE), peers)
+
+
+# Mamba-3
+
+
+def expected_mamba3(torch, states, a, slots):
+    """(out, state) in float32, as the formulas stand in ssmk.h."""
+    state, theta, key, value = (states[name][slots.long()].float() for name in MAMBA3_STATES)
+    nheads, dstate, nangles = MAMBA3_SIZES
+    rank = a["B_bias"].shape[1]
+    half = a["rotary"] == "half"
+
+    def turned(v):  # (batch, rank, nheads, dstate)
+        turned = v.clone()
+        first = slice(0, nangles) if half else slice(0, 2 * nangles, 2)
+        second = slice(dstate // 2, dstate // 2 + nangles) if half else slice(1, 2 * nangles, 2)
+        sine, cosine = torch.sin(theta)[:, None], torch.cos(theta)[:, None]
+        turned[..., first] = v[..., first] * cosine - v[..., second] * sine
+        turned[..., second] = v[..., first] * sine + v[..., second] * cosine
+        return turned
+
+    out = []
+    for t in range(a["x"].shape[1]):
+        dt = torch.nn.functional.softplus(a["dt"][:, t] + a["dt_bias"])
+        decay = torch.exp(a["adt"][:, t])
+        now = torch.sigmoid(a["trap"][:, t].float())
+        turns = torch.tanh(a["angles"][:, t].float())[:, None] * dt[..., None]
+        theta = torch.remainder(theta + torch.pi * turns, 2 * torch.pi)
+        b, c = (
+            turned(a[name][:, t].float().reshape(-1, rank, 1, dstate)
+                   + a[f"{name}_bias"].transpose(0, 1))
+            for name in ("B", "C")
+        )
+        x = a["x"][:, t].float()
+        psi = a["mimo_x"] if rank > 1 else torch.ones_like(x[:1, :, None])
+        old = torch.einsum("bhrp,brhn->bhpn", psi * value[:, :, None], key)
+        new = torch.einsum("bhrp,brhn->bhpn", psi * x[:, :, None], b)
+        state = (decay[..., None, None] * (state + ((1 - now) * dt)[..., None, None] * old)
+                 + (now * dt)[..., None, None] * new)
+        y = torch.einsum("bhpn,brhn->bhrp", state, c)
+        y = y + a["D"][:, None, None] * psi * x[:, :, None]
+        z = a["z"][:, t].float()[:, :, None]
+        y = y * torch.nn.functional.silu(a["mimo_z"] * z if rank > 1 else z)
+        out.append((y * a["mimo_out"] if rank > 1 else y).sum(2))
+        key, value = b, x
+    return torch.stack(out, 1), state
+
+
+MAMBA3_STATES = ("state", "angle_state", "k_state", "v_state")
+MAMBA3_INPUTS = ("x", "z", "B", "C", "dt", "adt", "trap", "angles")
+
+
+def mamba3_case(context, name, rank, dtype, batch, tokens):
+    torch = context.torch
+    bf16, f32, dtype = torch.bfloat16, torch.float32, getattr(torch, dtype)
+    nheads, dstate, nangles = MAMBA3_SIZES
+    items = nheads * HEADDIM
+    ranks = (rank,) if rank > 1 else ()
+    weights = {
+        "D": context.normal(nheads, dtype=f32),
+        "dt_bias": context.normal(nheads, dtype=f32) / 2 - 2,
+        "B_bias": context.normal(nheads, rank, dstate, dtype=f32),
+        "C_bias": context.normal(nheads, rank, dstate, dtype=f32),
+        "rotary": "half" if rank > 1 else "interleaved", "dt_softplus": True,
+    }
+    if rank > 1:
+        for part in ("mimo_x", "mimo_z", "mimo_out"):
+            weights[part] = context.normal(nheads, rank, HEADDIM, dtype=f32) / rank**0.5
+    states = {
+        "state": ((batch, nheads, HEADDIM, dstate), dtype),
+        "angle_state": ((batch, nheads, nangles), f32),
+        "k_state": ((batch, rank, nheads, dstate), bf16),
+        "v_state": ((batch, nheads, HEADDIM), bf16),
+    }
+    shapes = {
+        "x": ((nheads, HEADDIM), bf16), "z": ((nheads, HEADDIM), bf16),
+        "B": ((*ranks, 1, dstate), bf16), "C": ((*ranks, 1, dstate), bf16),
+        "dt": ((nheads,), f32), "adt": ((nheads,), f32), "trap": ((nheads,), bf16),
+        "angles": ((nangles,), bf16),
+    }
+    inputs = {key: ((batch, tokens, *shape), kind) for key, (shape, kind) in shapes.items()}
+
+    def size(shape, kind):
+        return torch.Size(shape).numel() * kind.itemsize
+
+    moved = 2 * sum(size(*v) for v in states.values()) + sum(size(*v) for v in inputs.values())
+    moved += size(*inputs["x"])  # out
+    sets = context.sets_for(moved)
+    buffers = []
+    for _ in range(sets):
+        pool = {key: context.normal(*shape, dtype=kind) for key, (shape, kind) in states.items()}
+        pool["angle_state"].abs_()
+        a = {key: context.normal(*shape, dtype=kind) for key, (shape, kind) in inputs.items()}
+        a["adt"].abs_().neg_()
+        a["out"] = torch.empty_like(a["x"])
+        slots = torch.randperm(batch, generator=context.generator, device=context.device)
+        buffers.append((pool, a, slots.to(torch.int32)))
+
+    def run(i):
+        pool, a, slots = buffers[i]
+        ssmk.state_update(**pool, **a, **weights, A=None, state_indices=slots)
+
+    def run_dense(i):
+        pool, a, slots = buffers[i]
+        dense = {key: v.index_select(0, slots) for key, v in pool.items()}
+        ssmk.state_update(**dense, **a, **weights, A=None)
+        for key, v in dense.items():
+            pool[key].index_copy_(0, slots.long(), v)
+
+    def error_of(call):
+        def error():
+            pool, a, slots = buffers[0]
+            want, state = expected_mamba3(torch, pool, {**a, **weights}, slots)
+            call(0)
+            of_state = context.relative_error(pool["state"][slots.long()], state)
+            return max(context.relative_error(a["out"], want), of_state)
+
+        return error
+
+    peers = [Contender("gather, dense call, scatter", run_dense, error_of(run_dense), TOLERANCE)]
     return Case(name, moved, sets, Contender("ssmk", run, error_of(run), TOLERANCE), peers)
