@@ -149,8 +149,7 @@ inline unsigned row_blocks(int batch, int rows) {
 template <class X, class S, bool kRing, bool kWide>
 ssmk_status launch_channels(const ConvUpdateCall &c, const Call &call) {
   constexpr int kBlock = kChannelThreads * kChannelsEach;
-  const dim3 grid(unsigned((int64_t(c.dim) + kBlock - 1) / kBlock),
-                  row_blocks(c.batch, 1));
+  const dim3 grid(unsigned((int64_t(c.dim) + kBlock - 1) / kBlock), row_blocks(c.batch, 1));
   const dim3 block(kChannelThreads);
   if constexpr (kWide)
     if (c.ntokens == 1) return launch(call, channel_step<X, S, kRing, kWide, 1>, grid, block, 0, c);

@@ -16,7 +16,9 @@ constexpr int kChannelThreads = 128, kChannelsEach = 2;
 // width 4, and the weights of a channel are X side by side, aligned.  kTokens: how many are loaded
 // at a time; 1: there is no more than one.
 template <class X, class S, bool kRing, bool kWide, int kTokens>
-__global__ void __launch_bounds__(kChannelThreads, kTokens == 1 ? 8 : kWide ? 6 : 4)
+__global__ void __launch_bounds__(kChannelThreads, kTokens == 1 ? 8
+                                                   : kWide      ? 6
+                                                                : 4)
     channel_step(const __grid_constant__ ConvUpdateCall p) {
   constexpr int kTaps = kChannelTaps, kEach = kChannelsEach;
   start_next();

@@ -41,8 +41,9 @@ struct ChannelsKernel {
 constexpr int64_t kChannelsStage = 16 << 10;  // bytes of B and C in shared memory
 constexpr int64_t kDeepBytes = 24 << 20;      // of states that hints may bring to the cache
 
-// One batch row a thread while that fits on the device at once.  Then as few rows a thread as make
-// it fit, with one in advance; and where a block would stay for too long, more in advance.
+// One batch row a thread for the smallest calls, whose blocks have the time to bring all they need
+// to the cache.  Then as few rows a thread as make the call fit on the device at once, with one in
+// advance; and where a block would stay for too long, more in advance.
 template <class One, class Walk, class Far>
 ssmk_status run_channels(ChannelsProblem p, const StateUpdateProblem &q, const Call &call) {
   int sms = 0;
@@ -51,7 +52,7 @@ ssmk_status run_channels(ChannelsProblem p, const StateUpdateProblem &q, const C
   if (error != cudaSuccess) return device_error(call, "asking about", error);
   const int64_t one = q.batch * q.nheads * One::blocks_of_a_row(p, q);
   const int64_t most = kChannelsStage / (q.ntokens * p.padded * 8);
-  if (one <= sms * One::kBlocks || most < 2) {
+  if (one <= sms / 2 || most < 2) {
     p.deep = one <= sms / 2;
     return One::run(p, q, call);
   }

@@ -163,7 +163,8 @@ def plot(run, path):
             axes.set_axis_off()
         for axes in grid[:, 0]:
             axes.set_ylabel("time over limit")
-        figure.supxlabel("batch")
+        for axes in grid[-1]:
+            axes.set_xlabel("batch")
         machine = run["machine"]
         figure.suptitle(f"ssmk {machine['ssmk']}, {machine['device']} (grey: in-place "
                         "read-modify-write of the same bytes)", fontsize=9)

@@ -280,5 +280,5 @@ def mamba3_case(context, name, rank, dtype, batch, tokens):
 
         return error
 
-    peers = [Contender("gather, dense call, scatter", run_dense, error_of(run_dense), TOLERANCE)]
+    peers = [Contender("gather+dense+scatter", run_dense, error_of(run_dense), TOLERANCE)]
     return Case(name, moved, sets, Contender("ssmk", run, error_of(run), TOLERANCE), peers)
