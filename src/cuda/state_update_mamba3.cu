@@ -21,7 +21,7 @@ ssmk_status run_any(const Cut &cut, const StateUpdateProblem &q, const Call &cal
   const int64_t rows = kMamba3Threads >> cut.log_lanes;
   p.passes = int((q.headdim + rows - 1) / rows);
   const int64_t shared = mamba3_shared_floats(q, p.padded, p.passes) * int64_t(sizeof(float));
-  const auto kernel = cut.chunks == 1 ? update_mamba3<1> : update_mamba3<kMostChunks>;
+  const auto kernel = cut.chunks == 1 ? update_mamba3<1> : update_mamba3<kMamba3Chunks>;
   return each_grid(p, kernel, 1, q.nheads, q.batch, kMamba3Threads, shared, call);
 }
 
@@ -141,7 +141,7 @@ ssmk_status mamba3(const Cut &cut, const StateUpdateProblem &q, const Call &call
 
 ssmk_status state_update_mamba3(const StateUpdateProblem &p, const Call &call) {
   const Cut cut = mamba3_cut(p.dstate);
-  if (cut.chunks == 0) return too_long(call, p.dstate, kMostLanes * kMostChunks * kEight);
+  if (cut.chunks == 0) return too_long(call, p.dstate, kMostLanes * kMamba3Chunks * kEight);
   if (p.state.dtype == DType::kF32) return mamba3<float>(cut, p, call);
   if (p.state.dtype == DType::kF16) return mamba3<__half>(cut, p, call);
   return mamba3<__nv_bfloat16>(cut, p, call);

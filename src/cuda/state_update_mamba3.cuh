@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Decode of Mamba-3; the formulas stand in ssmk.h.
+// Decode of Mamba-3, whatever the strides; the formulas stand in ssmk.h.
 //
 // One block owns a head of a batch row: all of its states, so that old angles, keys and values are
 // read before new ones are written.  It asks for the states of its first rows; while they are on
 // the way it makes the keys and queries of all ranks in shared memory, with the coefficients of
-// each row.  Threads then update their packs of kRows rows in registers:
+// each row.  Threads then update their packs of one row in registers:
 //   h[p,n] = a h[p,n] + sum_r (w_r[p] k'_r[n] + u_r[p] k_r[n]),   y_r[p] = sum_n h[p,n] q_r[n]
 // A head with more rows than the block has room for takes several passes, and each pass walks all
 // tokens; the last one writes the small states.

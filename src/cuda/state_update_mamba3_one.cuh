@@ -12,7 +12,7 @@
 // load wait for another.  The arithmetic is that of update_mamba3(), operation by operation.
 #pragma once
 
-#include "cuda/state_update_mamba3_packed.cuh"
+#include "cuda/state_update_mamba3_parts.cuh"
 
 namespace ssmk::cuda {
 
@@ -22,7 +22,7 @@ constexpr int kOneThreads = 128;
 // registers for the same.
 constexpr int one_blocks(int blocks) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  return blocks * 3 / 4;
+  return blocks / 2;
 #else
   return blocks;
 #endif
