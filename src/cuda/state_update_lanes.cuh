@@ -24,17 +24,18 @@ struct Cut {
   int lanes() const { return 1 << log_lanes; }
 };
 
-// chunks is 0 if dstate is beyond what a block can hold.
-inline Cut cut_of(int64_t dstate, int64_t pack) {
-  if (dstate > kMostLanes * kMostChunks * pack) return {};
+// At most `lanes` of them while a thread then has no more than `chunks` packs.  chunks is 0 if
+// dstate is beyond what a block can hold.
+inline Cut cut_of(int64_t dstate, int64_t pack, int lanes = 32, int chunks = kMostChunks) {
+  if (dstate > kMostLanes * chunks * pack) return {};
   Cut cut;
   cut.packs = int((dstate + pack - 1) / pack);
   // Three packs a thread where that leaves no lane idle (dstate 96), else as many lanes as packs.
   const int thirds = cut.packs / 3;
-  const bool in_three = cut.packs % 3 == 0 && (thirds & (thirds - 1)) == 0 && thirds <= 32;
-  const int most = in_three ? thirds : 32;
+  const bool in_three = cut.packs % 3 == 0 && (thirds & (thirds - 1)) == 0 && thirds <= lanes;
+  const int most = in_three ? thirds : lanes;
   while (cut.lanes() < most && cut.lanes() < cut.packs) ++cut.log_lanes;
-  while (cut.packs > cut.lanes() * kMostChunks) ++cut.log_lanes;
+  while (cut.packs > cut.lanes() * chunks) ++cut.log_lanes;
   cut.chunks = (cut.packs + cut.lanes() - 1) / cut.lanes();
   if (cut.chunks == 0) cut.chunks = 1;
   return cut;

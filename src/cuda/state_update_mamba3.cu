@@ -36,8 +36,8 @@ template <class S>
 bool packed(const Cut &cut, const StateUpdateProblem &q, Mamba3Packed *p) {
   constexpr int64_t kMost = INT32_MAX, kMostItems = 1 << 20;
   const Mamba3 &m = q.mamba3;
-  if (cut.chunks > 3 || cut.lanes() > 16 || q.dstate % kPack<S> || !packs_along(q.state, 3, 16) ||
-      !(q.adt.given() || one_decay(q)))
+  if (q.dstate == 0 || cut.chunks > 3 || cut.lanes() > 16 || q.dstate % kPack<S> ||
+      !packs_along(q.state, 3, 16) || !(q.adt.given() || one_decay(q)))
     return false;
   if (q.intermediate.given() &&
       (q.intermediate.dtype != q.state.dtype || !packs_along(q.intermediate, 4, 16)))

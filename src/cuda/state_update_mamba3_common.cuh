@@ -16,20 +16,8 @@ constexpr int kMamba3Threads = 256;
 constexpr int kMamba3Chunks = 4;  // packs of a row in one thread, at most
 constexpr int kEight = 8;         // states of a pack, if not packed in memory otherwise
 
-// In packs of eight states.  Chunks are 0 if dstate is beyond what a block can hold.
-inline Cut mamba3_cut(int64_t dstate) {
-  if (dstate > int64_t(kMostLanes) * kMamba3Chunks * kEight) return {};
-  Cut cut;
-  cut.packs = int((dstate + kEight - 1) / kEight);
-  // Three packs a thread where that leaves no lane idle (dstate 96).
-  const int thirds = cut.packs / 3;
-  const bool in_three = cut.packs % 3 == 0 && (thirds & (thirds - 1)) == 0 && thirds <= 16;
-  const int most = in_three ? thirds : 16;
-  while (cut.lanes() < most && cut.lanes() < cut.packs) ++cut.log_lanes;
-  while (cut.packs > cut.lanes() * kMamba3Chunks) ++cut.log_lanes;
-  cut.chunks = (cut.packs + cut.lanes() - 1) / cut.lanes();
-  return cut;
-}
+// In packs of eight states.
+inline Cut mamba3_cut(int64_t dstate) { return cut_of(dstate, kEight, 16, kMamba3Chunks); }
 
 // Sums over the lanes of a row, neighbours first, for R rows at a time, R <= lanes <= 32.  y[0] is
 // then the sum of row `returned` of the R; lanes that differ from R on upwards have the same.
