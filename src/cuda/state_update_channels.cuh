@@ -29,6 +29,15 @@ struct ChannelsProblem : PackedProblem {
 constexpr int kChannelsThreads = 128;
 constexpr int kMostWalk = 16;
 
+// Blocks on a multiprocessor as asked for; other targets than 9.0 need more registers for the same.
+constexpr int channels_bound(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  return blocks - 1;
+#else
+  return blocks;
+#endif
+}
+
 // A batch row's slots, in 32 bits.
 struct RowPlan {
   int in, out;  // in: -1 if the row is a pad
@@ -42,7 +51,7 @@ struct RowPlan {
 // Shared memory: of each token B and C in float32, `padded` each; from 16-byte word `ring` on that.
 template <class S, class X, int kLogLanes, int kRows, int kChunks, bool kOne, int kAhead,
           int kMinBlocks>
-__global__ void __launch_bounds__(kChannelsThreads, kMinBlocks)
+__global__ void __launch_bounds__(kChannelsThreads, channels_bound(kMinBlocks))
     update_channels(const __grid_constant__ ChannelsProblem p) {
   constexpr int K = kPack<S>;
   constexpr bool kTight = kLogLanes >= 0, kWalks = kAhead > 0, kRing = kAhead > 1;
