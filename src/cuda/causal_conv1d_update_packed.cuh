@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_words(const void *p, uint32_t *to) {
 #pragma unroll
   for (int i = 0; i < N / kStep; ++i) {
     const Word *const from = static_cast<const Word *>(p) + i;
-    const Word word = kOnce ? __ldcs(from) : *from;
+    const Word word = load_word<kOnce>(from);
     memcpy(to + i * kStep, &word, sizeof(word));
   }
 }
@@ -46,12 +46,7 @@ __device__ __forceinline__ void store_words(void *p, const uint32_t *from) {
   for (int i = 0; i < N / kStep; ++i) {
     Word word;
     memcpy(&word, from + i * kStep, sizeof(word));
-    Word *const to = static_cast<Word *>(p) + i;
-    if constexpr (kOnce) {
-      __stcs(to, word);
-    } else {
-      *to = word;
-    }
+    store_word<kOnce>(static_cast<Word *>(p) + i, word);
   }
 }
 

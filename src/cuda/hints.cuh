@@ -3,7 +3,7 @@
 // stream have ended, and accesses whose addresses the compiler keeps as they are.
 #pragma once
 
-#include "cuda/state_update_packed.cuh"
+#include "cuda/near.cuh"
 
 namespace ssmk::cuda {
 
@@ -41,18 +41,7 @@ __device__ __forceinline__ void store_near(char *p, T value) {
     asm volatile("st.global.b16 [%0], %1;" ::"l"(p), "h"(bits) : "memory");
 }
 
-template <class T>
-__device__ __forceinline__ float widen_bits(uint32_t bits) {
-  if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
-  if constexpr (dtype_for<T> == DType::kBF16) return __uint_as_float(bits << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
-// Shared memory by its address there.
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
-
+// Four values of shared memory by their address there.
 __device__ __forceinline__ void load_shared(uint32_t at, float *to) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])

@@ -23,16 +23,20 @@ struct Near {
   }
 };
 
+// A stride in bytes: false if it does not fit.
+inline bool narrow_stride(int64_t elements, DType dtype, int32_t *to) {
+  const int64_t bytes = elements * size_of(dtype);
+  *to = int32_t(bytes);
+  return *to == bytes;
+}
+
 // Some axes of a view as Near: false if its strides do not fit.
 template <int To, int From>
 bool near(const View<From> &v, const int (&axes)[To], Near<To> *to) {
   to->data = v.data;
   to->dtype = v.dtype;
-  for (int k = 0; k < To; ++k) {
-    const int64_t bytes = v.stride[axes[k]] * size_of(v.dtype);
-    to->stride[k] = int32_t(bytes);
-    if (to->stride[k] != bytes) return false;
-  }
+  for (int k = 0; k < To; ++k)
+    if (!narrow_stride(v.stride[axes[k]], v.dtype, &to->stride[k])) return false;
   return true;
 }
 

@@ -43,8 +43,7 @@ template <class S>
 bool packed(const Cut &cut, const StateUpdateProblem &q, PackedProblem *p) {
   constexpr int64_t kMost = INT32_MAX, kMostHeads = 1 << 20;
   const auto packs = [&](const View<5> &v) {
-    const int64_t bytes = kPack<S> * size_of(v.dtype);
-    return v.dtype == q.x.dtype && packs_along(v, 4, bytes < 16 ? bytes : 16);
+    return v.dtype == q.x.dtype && packs_of(v, 4, kPack<S>);
   };
   // A wider x than the states are would need more registers than its use is worth.
   if (size_of(q.x.dtype) > size_of(q.state.dtype)) return false;

@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kChannelsThreads, channels_bound(kMinBlocks))
   if (past_end) warp_row = 0;
   const int row0 = warp_row + (threadIdx.x % 32 >> log_lanes);
   const int head = p.first_head + blockIdx.y;
-  // head / heads_per_group: exact below 2^20 heads.
-  const int group = int((float(head) + 0.5f) * p.groups_per_head);
+  const int group = group_of(p.groups_per_head, head);
   const int first = (p.first_batch + int(blockIdx.z)) * (kWalks ? p.walk : 1);
   const int batch_rows = kWalks ? min(p.walk, p.batch - first) : 1;
   // The row that this lane prepares and stores: kRows <= lanes.
@@ -193,10 +192,7 @@ __global__ void __launch_bounds__(kChannelsThreads, channels_bound(kMinBlocks))
       for (int c = 0; c < kChunks; ++c) {
         const void *const from = pack_at(source, row_stride, r, c);
         if constexpr (kRing)
-          asm volatile(
-              "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(in_ring(i, r, c))),
-              "l"(from)
-              : "memory");
+          copy_ahead(in_ring(i, r, c), from);
         else
           raw[r][c] = __ldcs(static_cast<const uint4 *>(from));
       }
@@ -277,7 +273,7 @@ __global__ void __launch_bounds__(kChannelsThreads, channels_bound(kMinBlocks))
     for (int d = 0; d < kAhead; ++d)
       if (d < batch_rows) right &= plans[d].in == guesses[d] && (kOne || plans[d].start < 0);
     if (!right) {
-      if constexpr (kRing) asm volatile("cp.async.wait_all;" ::: "memory");
+      if constexpr (kRing) wait_for_copies();
 #pragma unroll
       for (int d = 0; d < kAhead; ++d)
         if (d < batch_rows) fetch_states(plans[d], d);

@@ -168,6 +168,11 @@ __device__ __forceinline__ void read_row(const float *row, int pack, int padded,
   }
 }
 
+// The group of a head: head / heads_per_group, exact below 2^20 heads.
+__device__ __forceinline__ int group_of(float groups_per_head, int head) {
+  return int((float(head) + 0.5f) * groups_per_head);
+}
+
 // What came before in the stream has ended; what follows may be brought up.
 __device__ __forceinline__ void begin() {
   wait_for_previous();

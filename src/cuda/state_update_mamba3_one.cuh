@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kOneThreads, one_blocks(kBlocks))
 
   const int thread = threadIdx.x, row = thread ^ 64, angle = thread ^ 32;
   const int head = p.first_head + blockIdx.y, b = p.first_batch + blockIdx.z;
-  const int group = int((float(head) + 0.5f) * p.groups_per_head);
+  const int group = group_of(p.groups_per_head, head);
   const int headdim = p.headdim, rows = p.passes * kBlockRows;
   const bool has_row = row < headdim, has_angle = angle < p.nangles;
   const OneRoom<kRank, kDstate> room(rows, p.nangles);

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMamba3Threads, kBlocks)
     for (int i = first; i < end; i += threads) f(i, i == first);
   };
   const int head = p.first_head + blockIdx.y, b = p.first_batch + blockIdx.z;
-  const int group = int((float(head) + 0.5f) * p.groups_per_head);
+  const int group = group_of(p.groups_per_head, head);
   const int rank = kRank ? kRank : p.rank, headdim = p.headdim, half = p.dstate / 2;
   const bool trap = p.trap.given(), turning = p.angles.given();
   // Different warps begin with different work.

@@ -26,18 +26,6 @@ struct Mamba3Packed {
   bool all_ahead;  // states of all passes are asked for at once
 };
 
-// 16 bytes to shared memory, around the registers.
-__device__ __forceinline__ void copy_ahead(void *to, const void *from) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-      "l"(from)
-      : "memory");
-}
-// This thread's copies are there.
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 // Four elements of B or C with their biases, two by two.
 struct QuadBits {
   uint2 value[2], bias[2];

@@ -44,12 +44,12 @@ __device__ __forceinline__ uint32_t upper_halves(uint32_t low, uint32_t high) {
   return __byte_perm(low, high, 0x7632);
 }
 
-// What v has beyond its upper half, exactly; 0 beside an infinity.
+// What v has beyond its upper half, exactly; NaN of an infinity.
 __device__ __forceinline__ float below_upper_half(float v) {
   return v - __uint_as_float(__float_as_uint(v) & 0xffff0000u);
 }
 
-// Three bfloat16 (in the upper halves of words) that add up to v.
+// Three bfloat16 (in the upper halves of words) that add up to v; an infinity is the first alone.
 struct Split {
   uint32_t part[3];
 };
@@ -67,7 +67,7 @@ __device__ __forceinline__ Split split(float v) {
 constexpr int kMmaTokens = 4;
 
 // S: the states' type.  A lane's packs are kWords words, of kGroups groups; dstate is kGroups packs
-// of a quad of lanes.  kRows: rows of a lane, of which headdim is a multiple.  kTokens: at most.
+// of a quad of lanes.  kRows: rows of a lane, of which headdim is a multiple.
 template <class S, int kWords, int kGroups, int kRows, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     update_mma(const __grid_constant__ TiedProblem p) {

@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   const int row0 = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * (apart * kRows) +
                    (threadIdx.x % 32 >> p.log_lanes);
   const int head = p.first_head + blockIdx.y;
-  // head / heads_per_group: exact below 2^20 heads.
-  const int group = int((float(head) + 0.5f) * p.groups_per_head);
+  const int group = group_of(p.groups_per_head, head);
   const int b = p.first_batch + blockIdx.z;
   // The row that this lane prepares and stores: kRows <= lanes.
   constexpr int kLogRows = kRows == 4 ? 2 : kRows == 2 ? 1 : 0;

@@ -2,6 +2,7 @@
 // Decode of Mamba-2 as models use it: which calls the fast kernels take, and in what shape.
 #include <cmath>
 
+#include "cuda/near.cuh"
 #include "cuda/state_update_launch.cuh"
 #include "cuda/state_update_mma.cuh"
 #include "cuda/state_update_one.cuh"
@@ -11,13 +12,6 @@ namespace {
 
 constexpr int64_t kMostHeads = 1 << 15;  // group_of() is exact
 constexpr int64_t kManyBlocks = 2048;    // enough for any chip
-
-// Strides in bytes where they fit.
-bool narrow_stride(int64_t elements, DType dtype, int32_t *to) {
-  const int64_t bytes = elements * size_of(dtype);
-  *to = int32_t(bytes);
-  return *to == bytes;
-}
 
 template <int Rank>
 bool per_token(const View<Rank> &v, int group_axis, PerToken *to) {
@@ -35,12 +29,6 @@ bool per_head(const View<2> &v, PerHead *to) {
 bool slot_list(const View<2> &v, SlotList *to) {
   to->data = v.data;
   return narrow_stride(v.stride[0], v.dtype, &to->batch);
-}
-
-// The rows of a head are `rows` values, neighbours in memory, which loads of `apiece` may read.
-template <int Rank>
-bool rows_along(const View<Rank> &v, int64_t apiece) {
-  return packs_along(v, Rank - 1, apiece * size_of(v.dtype));
 }
 
 bool tied(const StateUpdateProblem &q, TiedProblem *p) {
@@ -90,16 +78,15 @@ bool tied(const StateUpdateProblem &q, TiedProblem *p) {
          per_head(q.dt_bias.given() ? q.dt_bias : A, &p->dt_bias);
 }
 
-// Can a thread take `rows` rows at once?
+// Can a thread read and write `rows` rows at once?
 bool rows_fit(const StateUpdateProblem &q, int rows) {
-  return q.headdim % rows == 0 && rows_along(q.x, rows) && rows_along(q.out, rows) &&
-         (!q.z.given() || rows_along(q.z, rows));
+  return q.headdim % rows == 0 && packs_of(q.x, 3, rows) && packs_of(q.out, 4, rows) &&
+         (!q.z.given() || packs_of(q.z, 3, rows));
 }
 
+// And B and C beside a pack of `states`?
 bool inputs_fit(const StateUpdateProblem &q, int64_t states) {
-  const int64_t bytes = states * size_of(q.x.dtype);
-  return packs_along(q.B, 4, bytes < 16 ? bytes : 16) &&
-         packs_along(q.C, 4, bytes < 16 ? bytes : 16);
+  return packs_of(q.B, 4, states) && packs_of(q.C, 4, states);
 }
 
 // ---- One token

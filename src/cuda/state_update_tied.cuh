@@ -72,23 +72,10 @@ __device__ __forceinline__ const char *at(const PerHead &v, int head) {
   return v.data + int64_t(head) * v.head;
 }
 
-// A value of float32 or of X as bits.
-__device__ __forceinline__ uint32_t load_either(const char *p, uint32_t wide) {
-  uint32_t bits;
-  asm volatile(
-      "{\n.reg .pred wide;\nsetp.ne.u32 wide, %2, 0;\n"
-      "@wide ld.global.b32 %0, [%1];\n@!wide ld.global.u16 %0, [%1];\n}"
-      : "=r"(bits)
-      : "l"(p), "r"(wide));
-  return bits;
-}
-
+// A value of float32 or of X, from load_either().
 template <class X>
 __device__ __forceinline__ float either_value(uint32_t bits, uint32_t wide) {
-  if constexpr (sizeof(X) == 4) return __uint_as_float(bits);
-  if constexpr (dtype_for<X> == DType::kBF16) return __uint_as_float(wide ? bits : bits << 16);
-  return wide ? __uint_as_float(bits)
-              : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return wide ? __uint_as_float(bits) : widen_bits<X>(bits);
 }
 
 // The slots that a row reads and writes.  A pad's are 0: it may read there, but not write.

@@ -45,18 +45,31 @@ inline constexpr DType dtype_for<__half> = DType::kF16;
 template <>
 inline constexpr DType dtype_for<__nv_bfloat16> = DType::kBF16;
 
+// As bits in 32.
+template <class T>
+__device__ __forceinline__ float widen_bits(uint32_t bits) {
+  if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
+  if constexpr (dtype_for<T> == DType::kBF16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
 // ---- One value of a dtype known when running
 
-// As bits, without a branch: several loads in a row are then under way together.
-__device__ __forceinline__ uint32_t load_bits(const char *p, DType dtype) {
+// 32 bits if `wide` is not 0, else 16, without a branch: several loads in a row are then under way
+// together.
+__device__ __forceinline__ uint32_t load_either(const char *p, uint32_t wide) {
   uint32_t bits;
   asm volatile(
       "{\n.reg .pred wide;\nsetp.ne.u32 wide, %2, 0;\n"
       "@wide ld.global.b32 %0, [%1];\n@!wide ld.global.u16 %0, [%1];\n}"
       : "=r"(bits)
-      : "l"(p), "r"(uint32_t(dtype == DType::kF32))
+      : "l"(p), "r"(wide)
       : "memory");
   return bits;
+}
+
+__device__ __forceinline__ uint32_t load_bits(const char *p, DType dtype) {
+  return load_either(p, dtype == DType::kF32);
 }
 
 // The same, and 0 of a tensor that is not given, whose dtype is kNone.
@@ -131,50 +144,56 @@ struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 
-// Memory that is used again soon, as weights and what the rows of a batch share.
-template <class T, int N>
+// kOnce: memory that the call touches once, as states, is marked to leave the caches first; what
+// the rows of a batch share, as weights, is not.
+template <bool kOnce, class W>
+__device__ __forceinline__ W load_word(const W *p) {
+  if constexpr (kOnce) return __ldcs(p);
+  return *p;
+}
+
+template <bool kOnce, class W>
+__device__ __forceinline__ void store_word(W *p, W word) {
+  if constexpr (kOnce) {
+    __stcs(p, word);
+  } else {
+    *p = word;
+  }
+}
+
+template <class T, int N, bool kOnce = false>
 __device__ __forceinline__ Pack<T, N> load_pack(const T *p) {
   constexpr int kBytes = sizeof(T) * N;
   using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
   Pack<T, N> pack;
   W *to = reinterpret_cast<W *>(&pack);
 #pragma unroll
-  for (int i = 0; i < kBytes / int(sizeof(W)); ++i) to[i] = reinterpret_cast<const W *>(p)[i];
+  for (int i = 0; i < kBytes / int(sizeof(W)); ++i)
+    to[i] = load_word<kOnce>(reinterpret_cast<const W *>(p) + i);
   return pack;
 }
 
-// Memory that the call touches once, as states: marked to leave the caches first.
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack_once(const T *p) {
-  constexpr int kBytes = sizeof(T) * N;
-  using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
-  Pack<T, N> pack;
-  W *to = reinterpret_cast<W *>(&pack);
-#pragma unroll
-  for (int i = 0; i < kBytes / int(sizeof(W)); ++i)
-    to[i] = __ldcs(reinterpret_cast<const W *>(p) + i);
-  return pack;
+  return load_pack<T, N, true>(p);
 }
 
-template <class T, int N>
+template <bool kOnce = false, class T, int N>
 __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &pack) {
   constexpr int kBytes = sizeof(T) * N;
   using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
   const W *from = reinterpret_cast<const W *>(&pack);
 #pragma unroll
-  for (int i = 0; i < kBytes / int(sizeof(W)); ++i) reinterpret_cast<W *>(p)[i] = from[i];
+  for (int i = 0; i < kBytes / int(sizeof(W)); ++i)
+    store_word<kOnce>(reinterpret_cast<W *>(p) + i, from[i]);
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store_pack_once(T *p, const Pack<T, N> &pack) {
-  constexpr int kBytes = sizeof(T) * N;
-  using W = typename Word<(kBytes < 16 ? kBytes : 16)>::type;
-  const W *from = reinterpret_cast<const W *>(&pack);
-#pragma unroll
-  for (int i = 0; i < kBytes / int(sizeof(W)); ++i) __stcs(reinterpret_cast<W *>(p) + i, from[i]);
+  store_pack<true>(p, pack);
 }
 
-// The same where `given`, without a branch.
+// The last where `given`, without a branch.
 template <class T, int N>
 __device__ __forceinline__ void store_pack_once_if(bool given, T *p, const Pack<T, N> &pack) {
   constexpr int kBytes = sizeof(T) * N;
@@ -232,6 +251,30 @@ bool packs_along(const View<Rank> &v, int axis, int64_t bytes) {
   for (int k = 0; k < Rank; ++k)
     if (k != axis && v.stride[k] * size_of(v.dtype) % bytes) return false;
   return true;
+}
+
+// The same for packs of `elements` of the view, read up to 16 bytes at a time.
+template <int Rank>
+bool packs_of(const View<Rank> &v, int axis, int64_t elements) {
+  const int64_t bytes = elements * size_of(v.dtype);
+  return packs_along(v, axis, bytes < 16 ? bytes : 16);
+}
+
+// ---- Shared memory
+
+// By its address there.
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes to shared memory, around the registers.
+__device__ __forceinline__ void copy_ahead(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+// This thread's copies are there.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // ---- Functions, in float32: each within a few units in the last place of its largest values

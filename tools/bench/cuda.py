@@ -55,6 +55,13 @@ class Ceilings:
         library = ctypes.CDLL(str(Path(__file__).with_name("_ceilings_cuda.so")))
         self.library, self.torch, self.device = library, torch, device
 
+    def launch(self, name, *arguments):
+        """One of the native functions, on the current stream."""
+        stream = self.torch.cuda.current_stream(self.device).cuda_stream
+        index = self.device.index or 0
+        if getattr(self.library, name)(*arguments, index, ctypes.c_void_p(stream)):
+            raise RuntimeError(f"{name} could not be launched")
+
     def contender(self, kind, nbytes, sets):
         torch, nbytes = self.torch, -(-nbytes // 32) * 32
         half = nbytes // 2  # is read, and half is written
@@ -62,18 +69,14 @@ class Ceilings:
         rooms = [
             torch.zeros(halves * half, dtype=torch.uint8, device=self.device) for _ in range(sets)
         ]
-        index = self.device.index or 0
 
         def run(i):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-            p, size = rooms[i].data_ptr(), ctypes.c_size_t(half)
+            room, size = rooms[i].data_ptr(), ctypes.c_size_t(half)
             if kind == "update":
-                status = self.library.ceiling_update(ctypes.c_void_p(p), size, index, stream)
+                self.launch("ceiling_update", ctypes.c_void_p(room), size)
             else:
-                to = ctypes.c_void_p(p + half)
-                status = self.library.ceiling_copy(to, ctypes.c_void_p(p), size, index, stream)
-            if status:
-                raise RuntimeError(f"the ceiling {kind} could not be launched")
+                to = ctypes.c_void_p(room + half)
+                self.launch("ceiling_copy", to, ctypes.c_void_p(room), size)
 
         return Contender(kind, run)
 
@@ -83,15 +86,11 @@ class Ceilings:
         torch, batch = self.torch, len(slots[0])
         each = -(-nbytes // (2 * 16 * batch)) * 16
         rooms = [torch.zeros(batch * each, dtype=torch.uint8, device=self.device) for _ in slots]
-        index = self.device.index or 0
 
         def run(i):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-            status = self.library.ceiling_update_slots(
-                ctypes.c_void_p(rooms[i].data_ptr()), ctypes.c_size_t(each),
-                ctypes.c_void_p(slots[i].data_ptr()), ctypes.c_uint(batch), index, stream)
-            if status:
-                raise RuntimeError("the ceiling through slots could not be launched")
+            self.launch("ceiling_update_slots", ctypes.c_void_p(rooms[i].data_ptr()),
+                        ctypes.c_size_t(each), ctypes.c_void_p(slots[i].data_ptr()),
+                        ctypes.c_uint(batch))
 
         return Contender(name, run)
 
