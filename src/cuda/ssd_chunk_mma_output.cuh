@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT
+// The end of a chunk's outputs: D, norm, gate, the sum over the ranks; then to memory.
+#pragma once
+
+#include "cuda/ssd_chunk_mma_states.cuh"
+
+namespace ssmk::cuda {
+
+// A later token that is not finite must not reach earlier ones through the zeros of M.  Where the
+// values of a channel are not all finite, those that are not stay out of the product, and what may
+// see them is NaN.  from[i]: the first such row of channel i.
+struct NotFinite {
+  int from[2];
+};
+
+template <class T>
+__device__ __forceinline__ bool is_finite(uint32_t v) {  // both of a word
+  constexpr uint32_t kExponent = dtype_for<T> == DType::kBF16 ? 0x7f80u : 0x7c00u;
+  return (v & kExponent) != kExponent && (v >> 16 & kExponent) != kExponent;
+}
+
+template <class T>
+__device__ __forceinline__ NotFinite set_apart(MmaValues &u, int lane) {
+  NotFinite found = {{kRows, kRows}};
+#pragma unroll
+  for (int j = 3; j >= 0; --j)
+#pragma unroll
+    for (int half = 1; half >= 0; --half)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t &word = u.v[j][i + 2 * half];
+        const int row = j * 16 + half * 8 + 2 * (lane & 3);
+        if (!is_finite<T>(word & 0xffff0000u)) found.from[i] = row + 1, word &= 0xffffu;
+        if (!is_finite<T>(word & 0xffffu)) found.from[i] = row, word &= 0xffff0000u;
+      }
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int off = 1; off < 4; off *= 2)
+      found.from[i] = min(found.from[i], __shfl_xor_sync(~0u, found.from[i], off));
+  return found;
+}
+
+template <class T>
+__device__ __forceinline__ bool all_finite(const MmaValues &u) {
+  bool finite = true;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) finite &= is_finite<T>(u.v[j][k]);
+  return finite;
+}
+
+// y += D u.  Tile 2 j + half of Y^T and fragment j of U^T stand alike.
+template <class T>
+__device__ __forceinline__ void add_skip(MmaTile &y, const MmaValues &u, const float (&D)[2]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float2 v = unpack_two<T>(u.v[i >> 1][(i & 1) * 2 + k]);
+      y.v[i][2 * k] = fmaf(D[k], v.x, y.v[i][2 * k]);
+      y.v[i][2 * k + 1] = fmaf(D[k], v.y, y.v[i][2 * k + 1]);
+    }
+}
+
+// y *= weight / sqrt(mean y^2 + eps), the mean over all the head's channels.
+__device__ __forceinline__ void normalise(MmaTile &y, const float (&weight)[2], float eps,
+                                          float *squares, const MmaThread &t) {
+  const int q = t.lane & 3;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      float sum = t.has(0) ? y.v[i][k] * y.v[i][k] : 0.0f;
+      if (t.has(2)) sum = fmaf(y.v[i][2 + k], y.v[i][2 + k], sum);
+#pragma unroll
+      for (int off = 4; off < 32; off *= 2) sum += __shfl_xor_sync(~0u, sum, off);
+      if (t.lane < 4) squares[t.warp * kRows + i * 8 + 2 * q + k] = sum;
+    }
+  meet(t.team);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float *const of = squares + i * 8 + 2 * q + k;
+      const float sum = (of[0] + of[kRows]) + (of[2 * kRows] + of[3 * kRows]);
+      const float scale = 1.0f / sqrtf(sum / float(t.channels) + eps);
+      y.v[i][k] *= scale * weight[0];
+      y.v[i][2 + k] *= scale * weight[1];
+    }
+}
+
+// Rank 1: gated, rounded and, turned round, to the tile `out`; the gates are in `z`, which may be
+// the same tile: a warp reads and writes its own channels.
+template <class T>
+__device__ __forceinline__ void gate_rows(const MmaTile &y, bool gated, uint32_t z, uint32_t out,
+                                          int warp, int lane) {
+  const uint32_t row = ((lane & 7) + ((lane >> 4) << 3)) * kSliceBytes;
+  const int mix = ((((lane >> 3) & 1) + 2 * warp) ^ (lane & 7)) << 4;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    float v[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[half][k] = y.v[2 * j + half][k];
+    if (gated) {
+      uint32_t gate[4];
+      load_transposed(gate, z + row + j * 16 * kSliceBytes + mix);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float2 f = unpack_two<T>(gate[half * 2 + k]);
+          v[half][2 * k] *= silu(f.x);
+          v[half][2 * k + 1] *= silu(f.y);
+        }
+      __syncwarp();
+    }
+    // Turned round: rows lane / 4, two neighbouring channels.
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t word = transposed(pack_two<T>(v[half][2 * k], v[half][2 * k + 1]));
+        const int i = j * 16 + half * 8 + (lane >> 2);
+        store_word(out + word_at(i, warp * 16 + k * 8 + 2 * (lane & 3), kSliceBytes), word);
+      }
+  }
+}
+
+// Any rank: gates of tokens, zeta and phi of (rank, channel).  With `sum` the rows of `out` are
+// tokens.
+template <class T>
+__device__ __forceinline__ void gate_ranks(MmaTile &y, bool gated, uint32_t z, uint32_t out,
+                                           const float *zeta, const float *phi, bool sum,
+                                           int log_rank, int warp, int lane) {
+  const int g = lane >> 2, q = lane & 3, mask = (1 << log_rank) - 1;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = i * 8 + 2 * q;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int c = warp * 16 + g + (k < 2 ? 0 : 8), rank = (row + (k & 1)) & mask;
+      float v = y.v[i][k];
+      if (gated) {
+        const int t = (row + (k & 1)) >> log_rank;
+        const uint32_t word = load_word(z + (word_at(t, c & ~1, kSliceBytes)));
+        const float2 f = unpack_two<T>(word);
+        v *= silu((c & 1 ? f.y : f.x) * zeta[rank * kSlice + c]);
+      }
+      y.v[i][k] = sum ? v * phi[rank * kSlice + c] : v;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float low = y.v[i][2 * k], high = y.v[i][2 * k + 1];
+      const int c = warp * 16 + g + 8 * k;
+      const auto put = [&](int at, float v) {
+        store_half(out + word_at(at, c & ~1, kSliceBytes) + (c & 1) * 2, pack_two<T>(v, 0.0f));
+      };
+      if (sum && log_rank > 0) {
+        float all = low + high;
+        for (int off = 2; off < 1 << log_rank; off *= 2)
+          all += __shfl_xor_sync(~0u, all, off / 2);
+        if ((row & mask) == 0) put(row >> log_rank, all);
+      } else {
+        put(row, low);
+        put(row + 1, high);
+      }
+    }
+  }
+}
+
+// The tile's first `rows` rows to memory; addresses as in bring_rows().
+__device__ __forceinline__ void store_rows(uint32_t tile, char *to, int64_t token, int64_t rank,
+                                           int log_rank, int rows, int pieces, int thread) {
+  const int piece = thread & 7, mask = (1 << log_rank) - 1;
+  if (piece >= pieces) return;
+  to += piece * 16;
+  for (int row = thread >> 3; row < rows; row += kTeam / 8) {
+    const uint4 v = load_four_words(tile + piece_at(row, piece, kSliceBytes));
+    *reinterpret_cast<uint4 *>(to + int64_t(row >> log_rank) * token + int64_t(row & mask) * rank) =
+        v;
+  }
+}
+
+}  // namespace ssmk::cuda

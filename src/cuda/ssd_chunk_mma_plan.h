@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT
+// Which calls the tensor-core path of ssd_chunk takes, and how it cuts them.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/ssd_chunk_mma_states.cuh"
+
+namespace ssmk::cuda {
+
+// States of a row in registers: dstate rounded up to what is instantiated.
+inline int mma_states(int64_t dstate) { return dstate <= 64 ? 64 : dstate <= 128 ? 128 : 256; }
+
+inline bool mma_is_mamba3(const SsdChunkProblem &p) {
+  return p.mamba3.any() || p.trap.given() || p.angles.given();
+}
+
+inline int log2_of(int64_t n) {
+  int log = 0;
+  while (int64_t(1) << log < n) ++log;
+  return log;
+}
+
+inline MmaShared mma_shared_for(const SsdChunkProblem &p, int teams, int tokens) {
+  MmaShared at;
+  const int states = mma_states(p.dstate), rank = int(p.mamba3.rank);
+  const int nangles = int(p.mamba3.nangles);
+  const bool mamba3 = mma_is_mamba3(p);
+  const Mamba3 &m = p.mamba3;
+  int used = 0;
+  const auto take = [&](int bytes) {
+    const int from = used;
+    used += (bytes + 127) / 128 * 128;
+    return from;
+  };
+  const int tile = kRows * states * 2;
+  at.raw = 2 * tile;
+  at.stages = mamba3 ? 1 : 2;
+  at.teams = at.raw * at.stages;
+  if (mamba3) {
+    at.keys = take(tile);
+    at.queries = take(tile);
+  }
+  const bool mimo = rank > 1 || m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given();
+  at.x = take(tokens * kSliceBytes);
+  at.u = mimo ? take(kTileBytes) : at.x;
+  at.z = take(tokens * kSliceBytes);
+  at.out = rank > 1 ? take(kTileBytes) : at.z;
+  // Angles are done with when the weights are written.
+  at.weights = at.turns =
+      take(std::max(std::max(kTileBytes, 4 * kAreaFloats * 4), tokens * nangles * 4));
+  at.angles = take(tokens * nangles * (p.angles.given() ? int(size_of(p.angles.dtype)) : 0));
+  at.rows = take(5 * kRows * 4);
+  at.dt = take(kRows * 4);
+  at.carry = take(2 * nangles * 4);
+  at.totals = take(1024);
+  at.bias = take(mamba3 ? 2 * rank * states * 4 : 0);
+  at.mimo = mimo ? take(3 * rank * kSlice * 4) : 0;
+  at.squares = take(m.norm_weight.given() ? 4 * kRows * 4 : 0);
+  at.last = take(16);
+  at.head = used;
+  at.total = at.teams + teams * at.head + 128;  // the last word: the next capture
+  return at;
+}
+
+// 16 bytes at a time.
+template <int Rank>
+bool mma_packs(const View<Rank> &v, int axis) {
+  return !v.given() || packs_along(v, axis, 16);
+}
+
+inline bool mma_takes(const SsdChunkProblem &p) {
+  const Mamba3 &m = p.mamba3;
+  const DType type = p.x.dtype;
+  if (type != DType::kF16 && type != DType::kBF16) return false;
+  if (p.B.dtype != type || p.C.dtype != type || p.out.dtype != type) return false;
+  if (p.z.given() && p.z.dtype != type) return false;
+  if (p.headdim < 16 || p.headdim % 16 || p.dstate < 16 || p.dstate % 16 || p.dstate > 256)
+    return false;
+  if (p.seqs.seq_idx.given()) return false;
+  if (m.rank != 1 && m.rank != 2 && m.rank != 4 && m.rank != 8) return false;
+  if (m.nangles % 8 || (m.norm_weight.given() && p.headdim > kSlice)) return false;
+  if (!mma_packs(p.x, 3) || !mma_packs(p.z, 3) || !mma_packs(p.out, 4) || !mma_packs(p.B, 4) ||
+      !mma_packs(p.C, 4) || (m.nangles > 0 && !mma_packs(p.angles, 3)))
+    return false;
+  return true;
+}
+
+struct MmaDevice {
+  int processors = 132, shared = 227 * 1024;
+};
+
+inline MmaPlan mma_plan(const SsdChunkProblem &p, int teams) {
+  MmaPlan plan;
+  const int64_t per_group = p.nheads / p.ngroups;
+  plan.slices = int((p.headdim + kSlice - 1) / kSlice);
+  plan.heads = teams;
+  plan.blocks_per_group = int((per_group * plan.slices + teams - 1) / teams);
+  plan.log_rank = log2_of(p.mamba3.rank);
+  plan.tokens = kRows >> plan.log_rank;
+  plan.slots = p.seqs.nseq;
+  plan.at = mma_shared_for(p, teams, plan.tokens);
+  return plan;
+}
+
+}  // namespace ssmk::cuda

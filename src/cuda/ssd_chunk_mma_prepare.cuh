@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: MIT
+// What a chunk needs before its products: the weights of its rows; for Mamba-3 the angles and from
+// B and C the keys and queries.
+#pragma once
+
+#include "cuda/ssd_chunk_mma_states.cuh"
+
+namespace ssmk::cuda {
+
+// Log decays below are 0 in float32, and cut off there, so that sums stay finite.
+constexpr double kLogDecayLimit = 200.0;
+
+// The inputs of tokens 2 l and 2 l + 1 of a chunk and of the next one, as bits: lane l of a team's
+// first warp reads them while the chunk before is computed.
+struct TokenBits {
+  uint32_t dt[3], adt[2], trap[3];
+};
+
+__device__ __forceinline__ void read_tokens(TokenBits &b, const SsdChunkProblem &p, int64_t row,
+                                            int64_t begin, int64_t end, int tokens, int64_t head,
+                                            int lane) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int64_t t = begin + 2 * lane + i;
+    const bool there = t < end && 2 * lane + i <= tokens;
+    b.dt[i] = there ? load_bits(p.dt.at(row, t, head), p.dt.dtype) : 0;
+    b.trap[i] = there && p.trap.given() ? load_bits(p.trap.at(row, t, head), p.trap.dtype) : 0;
+    if (i < 2)
+      b.adt[i] = there && p.adt.given() ? load_bits(p.adt.at(row, t, head), p.adt.dtype) : 0;
+  }
+}
+
+// Of a head, the same for all its tokens.
+struct HeadStep {
+  float bias = 0;
+  double A = 0;
+};
+
+__device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
+  if (f.softplus) dt = dt > 20.0f ? dt : softplus(dt);
+  if (f.clamp) dt = dt < f.lo ? f.lo : dt > f.hi ? f.hi : dt;
+  return dt;
+}
+
+struct TokenArrays {
+  float *sum, *later, *same, *decay, *ending;  // of rows: see RowArrays
+  float *dt;                                   // of tokens
+  float *last;                                 // exp2 of the whole sum; what the next token adds
+};
+
+// By the first warp.  `tokens`: of this chunk; `follows`: another token of the sequence comes next.
+// `carried`: it adds its share to the weight of the last one, else that is left apart.  Returns the
+// sum of the log2 decays.
+__device__ __forceinline__ double prepare_rows(const TokenArrays &to, const TokenBits &b,
+                                               const SsdChunkProblem &p, const HeadStep &head,
+                                               int tokens, bool follows, bool carried,
+                                               int chunk_tokens, int log_rank, int lane) {
+  const Mamba3 &m = p.mamba3;
+  float dt[3], now[3], share[3];
+  double a[2];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int t = 2 * lane + i;
+    const bool there = t < tokens + (follows ? 1 : 0);
+    dt[i] = there ? transformed(p.dt_transform, value_of(b.dt[i], p.dt.dtype) + head.bias) : 0.0f;
+    now[i] = dt[i];
+    share[i] = 0.0f;  // what it adds for the token before it
+    if (p.trap.given() && there) {
+      const float trap = value_of(b.trap[i], p.trap.dtype);
+      now[i] *= m.trap_sigmoid ? trap : sigmoid(trap);
+      share[i] = dt[i] * (m.trap_sigmoid ? 1.0f - trap : sigmoid(-trap));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    double decay = p.adt.given() ? double(value_of(b.adt[i], p.adt.dtype)) : double(dt[i]) * head.A;
+    decay = decay < -kLogDecayLimit  ? -kLogDecayLimit
+            : decay > kLogDecayLimit ? kLogDecayLimit
+                                     : decay;
+    a[i] = 2 * lane + i < tokens ? decay * 1.4426950408889634074 : 0.0;
+  }
+  double sum = a[0] + a[1];
+#pragma unroll
+  for (int off = 1; off < 32; off *= 2) {
+    const double below = __shfl_up_sync(~0u, sum, off);
+    if (lane >= off) sum += below;
+  }
+  double before = __shfl_up_sync(~0u, sum, 1);
+  if (lane == 0) before = 0;
+  const double all = __shfl_sync(~0u, sum, (tokens - 1) >> 1);  // a token past the end adds 0
+  const double sums[2] = {before + a[0], sum};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = 2 * lane + i;
+    const bool own = t < tokens;
+    const float later = own ? now[i] + (t < tokens - 1 || carried ? share[i + 1] : 0.0f) : 0.0f;
+    const float ending = own ? exp2_fast(float(all - sums[i])) * later : 0.0f;
+    const float total = float(sums[i]), decay = exp2_fast(total), same = own ? now[i] : 0.0f;
+    if (t == tokens - 1) {
+      to.last[0] = decay;
+      to.last[1] = share[i + 1];
+    }
+    if (t < chunk_tokens) {
+      to.dt[t] = own ? dt[i] : 0.0f;
+#pragma unroll 1
+      for (int row = t << log_rank; row < (t + 1) << log_rank; ++row) {
+        to.sum[row] = total;
+        to.later[row] = later;
+        to.same[row] = same;
+        to.decay[row] = decay;
+        to.ending[row] = ending;
+      }
+    }
+  }
+  return all;
+}
+
+// ---- Mamba-3
+
+// How the pairs of angles of a chunk's tokens are dealt to a team: a thread has one pair and some
+// tokens in a row.
+struct TurnCut {
+  int pairs, slots, groups, each;  // slots: pairs, rounded up to a power of two
+  __device__ __forceinline__ TurnCut(int nangles, int tokens) {
+    pairs = nangles / 2;
+    slots = 1;
+    while (slots < pairs) slots *= 2;
+    groups = kTeam / slots < tokens ? kTeam / slots : tokens;
+    each = tokens / groups;
+  }
+};
+
+// The turns of each token within its group, and those of the groups.
+__device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, DType dtype,
+                                          int nangles, const float *dt, uint32_t turns,
+                                          uint32_t *totals, int thread) {
+  const int pair = thread & (cut.slots - 1), group = thread / cut.slots;
+  if (pair >= cut.pairs || group >= cut.groups) return;
+  uint32_t a = 0, b = 0;
+  const bool wide = dtype == DType::kF32;
+  const int row_bytes = nangles * (wide ? 4 : 2);
+  for (int i = 0; i < cut.each; ++i) {
+    const int t = group * cut.each + i;
+    float2 v;
+    if (wide) {
+      const uint2 w = load_two_words(angles + t * row_bytes + pair * 8);
+      v = {__uint_as_float(w.x), __uint_as_float(w.y)};
+    } else {
+      const uint32_t w = load_word(angles + t * row_bytes + pair * 4);
+      v = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w) : unpack_two<__half>(w);
+    }
+    a = add_turns(a, turn_of(v.x, dt[t]));
+    b = add_turns(b, turn_of(v.y, dt[t]));
+    store_two_words(turns + (t * nangles + 2 * pair) * 4, a, b);
+  }
+  totals[group * nangles + 2 * pair] = a;
+  totals[group * nangles + 2 * pair + 1] = b;
+}
+
+// Pairs of a row in two words, with their biases, turned and rounded.  Interleaved, the words are
+// neighbours and a pair each; in halves, each has one element of both pairs.
+template <class T, bool kHalf>
+__device__ __forceinline__ void turn_words(uint32_t first, uint32_t second, uint32_t to_first,
+                                           uint32_t to_second, float2 bias0, float2 bias1,
+                                           float2 sine, float2 cosine) {
+  float2 v0 = unpack_two<T>(load_word(first)), v1 = unpack_two<T>(load_word(second));
+  v0.x += bias0.x, v0.y += bias0.y, v1.x += bias1.x, v1.y += bias1.y;
+  if constexpr (kHalf) {
+    store_word(to_first, pack_two<T>(fmaf(v0.x, cosine.x, -v1.x * sine.x),
+                                     fmaf(v0.y, cosine.y, -v1.y * sine.y)));
+    store_word(to_second, pack_two<T>(fmaf(v0.x, sine.x, v1.x * cosine.x),
+                                      fmaf(v0.y, sine.y, v1.y * cosine.y)));
+  } else {
+    store_word(to_first, pack_two<T>(fmaf(v0.x, cosine.x, -v0.y * sine.x),
+                                     fmaf(v0.x, sine.x, v0.y * cosine.x)));
+    store_word(to_second, pack_two<T>(fmaf(v1.x, cosine.y, -v1.y * sine.y),
+                                      fmaf(v1.x, sine.y, v1.y * cosine.y)));
+  }
+}
+
+// Tiles of keys and queries, by their shared addresses: as they came, and as products want them.
+struct KeyTiles {
+  uint32_t raw_keys, raw_queries, keys, queries;
+  bool with_queries;
+};
+
+template <class T, int kN, bool kHalf>
+__device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &tiles, int dstate,
+                                          int nangles, int log_rank, uint32_t turns,
+                                          const uint32_t *totals, const uint32_t *carry,
+                                          uint32_t *next_carry, const float *bias, int thread) {
+  constexpr int kBytes = kN * 2;
+  const int pair = thread & (cut.slots - 1), group = thread / cut.slots;
+  if (pair >= cut.pairs || group >= cut.groups) return;
+  uint2 base = {carry[2 * pair], carry[2 * pair + 1]};
+  for (int i = 0; i < group; ++i) {
+    base.x = add_turns(base.x, totals[i * nangles + 2 * pair]);
+    base.y = add_turns(base.y, totals[i * nangles + 2 * pair + 1]);
+  }
+  if (group == cut.groups - 1) {
+    next_carry[2 * pair] = add_turns(base.x, totals[group * nangles + 2 * pair]);
+    next_carry[2 * pair + 1] = add_turns(base.y, totals[group * nangles + 2 * pair + 1]);
+  }
+  const int first = kHalf ? 2 * pair : 4 * pair, second = kHalf ? first + dstate / 2 : first + 2;
+  const int ranks = 1 << log_rank;
+  const float *const query_bias = bias + (kN << log_rank);
+  for (int i = 0; i < cut.each; ++i) {
+    const int t = group * cut.each + i;
+    const uint2 own = load_two_words(turns + (t * nangles + 2 * pair) * 4);
+    float2 sine, cosine;
+    sine_cosine_of(add_turns(base.x, own.x), &sine.x, &cosine.x);
+    sine_cosine_of(add_turns(base.y, own.y), &sine.y, &cosine.y);
+    for (int r = 0; r < ranks; ++r) {
+      const int row = t * ranks + r;
+      const uint32_t a = word_at(row, first, kBytes), b = word_at(row, second, kBytes);
+      const auto at = [&](const float *v, int n) {
+        return *reinterpret_cast<const float2 *>(v + r * kN + n);
+      };
+      turn_words<T, kHalf>(tiles.raw_keys + a, tiles.raw_keys + b, tiles.keys + a, tiles.keys + b,
+                           at(bias, first), at(bias, second), sine, cosine);
+      if (tiles.with_queries)
+        turn_words<T, kHalf>(tiles.raw_queries + a, tiles.raw_queries + b, tiles.queries + a,
+                             tiles.queries + b, at(query_bias, first), at(query_bias, second),
+                             sine, cosine);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint4 plus(uint4 v, const float *bias) {
+  const float4 low = *reinterpret_cast<const float4 *>(bias);
+  const float4 high = *reinterpret_cast<const float4 *>(bias + 4);
+  const auto one = [](uint32_t w, float a, float b) {
+    const float2 f = unpack_two<T>(w);
+    return pack_two<T>(f.x + a, f.y + b);
+  };
+  return {one(v.x, low.x, low.y), one(v.y, low.z, low.w), one(v.z, high.x, high.y),
+          one(v.w, high.z, high.w)};
+}
+
+// The pieces that are not turned: biases alone.  nangles is a multiple of 8.
+template <class T, int kN>
+__device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int nangles, bool half,
+                                          int log_rank, const float *bias, int thread) {
+  constexpr int kPieces = kN / 8;
+  const int mask = (1 << log_rank) - 1;
+  const float *const query_bias = bias + (kN << log_rank);
+  // Pieces of a row: [0, turned) are turned; in halves again from middle on.
+  const int middle = half ? dstate / 16 : kPieces, turned = half ? nangles / 8 : nangles / 4;
+  const int low = middle - turned;                   // of the first half
+  const int left = half ? kPieces - 2 * turned : low;  // of a row
+  if (left <= 0) return;
+  int slots = 1;
+  while (slots < left) slots *= 2;
+  const int i = thread & (slots - 1);
+  if (i >= left) return;
+  const int piece = i < low ? turned + i : i + 2 * turned;
+  for (int row = thread / slots; row < kRows; row += kTeam / slots) {
+    const uint32_t at = piece_at(row, piece, kN * 2);
+    const int n = (row & mask) * kN + piece * 8;
+    store_four_words(tiles.keys + at, plus<T>(load_four_words(tiles.raw_keys + at), bias + n));
+    if (tiles.with_queries)
+      store_four_words(tiles.queries + at,
+                       plus<T>(load_four_words(tiles.raw_queries + at), query_bias + n));
+  }
+}
+
+// Rows of u from those of x: u^r = psi^r x.
+template <class T>
+__device__ __forceinline__ void spread_values(uint32_t x, uint32_t u, const float *psi,
+                                              int log_rank, int thread) {
+  const int piece = thread & 7, mask = (1 << log_rank) - 1;
+  for (int row = thread >> 3; row < kRows; row += kTeam / 8) {
+    uint4 v = load_four_words(x + piece_at(row >> log_rank, piece, kSliceBytes));
+    const float *const by = psi + (row & mask) * kSlice + piece * 8;
+    const auto one = [&](uint32_t w, int i) {
+      const float2 f = unpack_two<T>(w);
+      return pack_two<T>(f.x * by[i], f.y * by[i + 1]);
+    };
+    v = {one(v.x, 0), one(v.y, 2), one(v.z, 4), one(v.w, 6)};
+    store_four_words(u + piece_at(row, piece, kSliceBytes), v);
+  }
+}
+
+}  // namespace ssmk::cuda
