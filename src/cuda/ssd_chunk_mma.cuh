@@ -27,6 +27,8 @@ constexpr int kTeam = 128;     // threads of a head
 constexpr int kSliceBytes = kSlice * 2;
 constexpr int kTileBytes = kRows * kSliceBytes;  // 64 rows of a slice, or of M
 
+extern __shared__ __align__(1024) char mma_shared[];
+
 // Where a block keeps what, in bytes of its shared memory.
 struct MmaShared {
   int raw = 0;          // a stage of B and of C, from 0
@@ -57,8 +59,18 @@ struct MmaPlan {
 struct MmaSpan {
   int64_t row, begin, end;  // tokens of the segment
   int64_t seq_begin, seq_end, slot, index;
+  int64_t local;  // number of the segment in its sequence
   bool pad, has_initial, first, last;  // first, last: segment of the sequence
 };
+
+// The first slot of a sequence.  Of packed ones each has as many as it may need.
+__device__ __forceinline__ int64_t first_slot(const SsdChunkProblem &p, const MmaPlan &plan,
+                                              int64_t seq) {
+  if (plan.segment == 0) return seq;
+  if (p.seqs.cu_seqlens.given()) return read_index(p.seqs.cu_seqlens, seq) / plan.segment + seq;
+  const int64_t each = (p.seqlen + plan.segment - 1) / plan.segment;
+  return seq * (each > 1 ? each : 1);
+}
 
 // Slot i of the grid: a sequence or a segment.  False: there is none.
 __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan &plan, int64_t i,
@@ -68,16 +80,15 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   const auto cut = [&](int64_t k) { return read_index(p.seqs.cu_seqlens, k); };
   s->index = i;
   if (plan.segment > 0 && packed) {
-    // Sequence k has the slots from cu[k] / segment + k on: as many as it may need.
     int64_t low = 0, high = p.seqs.nseq;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      if (cut(middle) / plan.segment + middle <= i) low = middle; else high = middle;
+      if (first_slot(p, plan, middle) <= i) low = middle; else high = middle;
     }
     seq = low;
-    local = i - (cut(low) / plan.segment + low);
+    local = i - first_slot(p, plan, low);
   } else if (plan.segment > 0) {
-    const int64_t each = (p.seqlen + plan.segment - 1) / plan.segment;
+    const int64_t each = first_slot(p, plan, 1);
     seq = i / each;
     local = i % each;
   }
@@ -88,6 +99,7 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   s->begin = s->seq_begin + local * plan.segment;
   s->end = plan.segment > 0 && s->seq_end - s->begin > plan.segment ? s->begin + plan.segment
                                                                     : s->seq_end;
+  s->local = local;
   s->first = local == 0;
   s->last = s->end == s->seq_end;
   const Slot slot = slot_of(p.seqs.state_indices, p.seqs.pad, seq);

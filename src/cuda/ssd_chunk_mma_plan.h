@@ -86,21 +86,61 @@ inline bool mma_takes(const SsdChunkProblem &p) {
   return true;
 }
 
-struct MmaDevice {
-  int processors = 132, shared = 227 * 1024;
-};
+// Teams that a large GPU has under way at once.  A number for all GPUs: the cut, and with it the
+// bits, do not depend on the device.
+constexpr int64_t kTeamsAtOnce = 264;
 
-inline MmaPlan mma_plan(const SsdChunkProblem &p, int teams) {
+// Tokens of a segment; 0: sequences stay whole.
+inline int64_t mma_segment(const SsdChunkProblem &p, int slices, int tokens) {
+  const bool packed = p.seqs.cu_seqlens.given();
+  if (p.batch_invariant && packed) return 16 * tokens;
+  const int64_t sequences = p.batch_invariant ? 1 : p.seqs.nseq;
+  const int64_t teams = p.nheads * slices;  // of a sequence
+  if (sequences == 0 || teams * sequences * 4 > kTeamsAtOnce * 3) return 0;
+  const int64_t all = packed ? p.seqlen : p.seqlen * sequences;
+  const int64_t wanted = kTeamsAtOnce / teams;  // segments, of all sequences
+  const int64_t chunks = ((all + wanted - 1) / wanted + tokens - 1) / tokens;
+  const int64_t segment = std::max<int64_t>(chunks, 2) * tokens;
+  return segment < p.seqlen ? segment : 0;
+}
+
+// `segment`: below 0 to be chosen.
+inline MmaPlan mma_plan(const SsdChunkProblem &p, int teams, int64_t segment = -1) {
   MmaPlan plan;
+  const Mamba3 &m = p.mamba3;
   const int64_t per_group = p.nheads / p.ngroups;
   plan.slices = int((p.headdim + kSlice - 1) / kSlice);
   plan.heads = teams;
   plan.blocks_per_group = int((per_group * plan.slices + teams - 1) / teams);
-  plan.log_rank = log2_of(p.mamba3.rank);
+  plan.log_rank = log2_of(m.rank);
   plan.tokens = kRows >> plan.log_rank;
+  plan.segment = segment < 0 ? mma_segment(p, plan.slices, plan.tokens) : segment;
+  // One slice must not write the angles and keys that another has yet to read.
+  const bool shared = (p.initial.angle.given() && p.final.angle.given()) ||
+                      (p.initial.k.given() && p.final.k.given());
+  if (plan.segment == 0 && plan.slices > 1 && shared)
+    plan.segment = std::max<int64_t>(1, (p.seqlen + plan.tokens - 1) / plan.tokens) * plan.tokens;
+  plan.prepared = plan.segment > 0;
   plan.slots = p.seqs.nseq;
+  if (plan.prepared)
+    plan.slots = p.seqs.cu_seqlens.given()
+                     ? p.seqlen / plan.segment + p.seqs.nseq
+                     : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
   plan.at = mma_shared_for(p, teams, plan.tokens);
   return plan;
+}
+
+// The workspace, cut up.
+inline uint64_t mma_workspace(const SsdChunkProblem &p, MmaPlan *plan) {
+  if (!plan->prepared) return 0;
+  const int64_t heads = plan->slots * p.nheads;
+  const int64_t states = heads * plan->slices * kSlice * mma_states(p.dstate);
+  const int64_t turns = (plan->slots + 1) * p.nheads * p.mamba3.nangles;
+  char *const at = static_cast<char *>(p.workspace.data);
+  plan->states = reinterpret_cast<float *>(at);
+  plan->decays = reinterpret_cast<float *>(at + states * 4);
+  if (turns) plan->turns = reinterpret_cast<uint32_t *>(at + (states + heads) * 4);
+  return uint64_t(states + heads + turns) * 4;
 }
 
 }  // namespace ssmk::cuda

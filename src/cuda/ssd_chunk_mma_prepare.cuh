@@ -42,6 +42,15 @@ __device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
   return dt;
 }
 
+// The share that the first token of a sequence adds to what came before it.
+__device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t row, int64_t token,
+                                             int64_t head) {
+  const float bias = p.dt_bias.given() ? load_at(p.dt_bias, head) : 0.0f;
+  const float dt = transformed(p.dt_transform, load_at(p.dt, row, token, head) + bias);
+  const float trap = load_at(p.trap, row, token, head);
+  return (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap)) * dt;
+}
+
 struct TokenArrays {
   float *sum, *later, *same, *decay, *ending;  // of rows: see RowArrays
   float *dt;                                   // of tokens

@@ -4,11 +4,9 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/ssd_chunk_mma_output.cuh"
-#include "cuda/ssd_chunk_mma_prepare.cuh"
+#include "cuda/ssd_chunk_mma_segments.cuh"
 
 namespace ssmk::cuda {
-
-extern __shared__ __align__(1024) char mma_shared[];
 
 // The first captured token in [begin, end), or end: by all threads of a block.
 __device__ __forceinline__ int64_t next_capture(const SsdChunkProblem &p, int64_t row,
@@ -24,15 +22,6 @@ __device__ __forceinline__ int64_t next_capture(const SsdChunkProblem &p, int64_
   if (mine != 0x7fffffff) atomicMin(found, mine);
   __syncthreads();
   return *found == 0x7fffffff ? end : begin + *found;
-}
-
-// The share that the first token of a sequence adds to what came before it.
-__device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t row, int64_t token,
-                                             int64_t head) {
-  const float bias = p.dt_bias.given() ? load_at(p.dt_bias, head) : 0.0f;
-  const float dt = transformed(p.dt_transform, load_at(p.dt, row, token, head) + bias);
-  const float trap = load_at(p.trap, row, token, head);
-  return (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap)) * dt;
 }
 
 // State before a sequence's first token, with what that owes to the tokens before.
@@ -151,7 +140,7 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
     for (int i = t.thread; i < nangles; i += kTeam) {
       uint32_t turns = 0;
       if (plan.turns) {
-        turns = plan.turns[(s.index * p.nheads + t.head) * nangles + i];
+        turns = turns_before(p, plan, s, t.head, i);
       } else if (s.has_initial && p.initial.angle.given()) {
         turns = turns_of_angle(load_at(p.initial.angle, s.slot, t.head, i));
       }
