@@ -10,7 +10,7 @@ namespace ssmk::cuda {
 
 // Entry i of the turns is what segment i - 1 of a sequence adds, of its first segment what the
 // sequence begins with.  A block has a segment of a head.
-__global__ void __launch_bounds__(kTeam)
+static __global__ void __launch_bounds__(kTeam)
     mma_turns(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
   uint32_t *const sums = reinterpret_cast<uint32_t *>(mma_shared);
   wait_for_previous();
