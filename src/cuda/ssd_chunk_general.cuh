@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: MIT
+// Prefill of Mamba-2 and 3 on any layout, dtype and size, token by token in float32; the formulas
+// stand in ssmk.h.
+//
+// A block owns some rows p of one head of one sequence, with their states in registers, and takes
+// its tokens in short spans.  What a span's rows share comes to shared memory first: keys and
+// queries of all ranks (biased and rotated once), u = psi x, decays.  With w = (1 - lambda) dt' and
+// gamma = lambda dt', of the token after as well, and g the states with what the next token owes
+// to this one (g = h without trap, and at the end of a span):
+//
+//   y_t^r = d_t g_{t-1} q_t^r + gamma_t sum_r' (q_t^r . k_t^r') u_t^r'
+//   g_t   = d_t g_{t-1} + s_t sum_r' u_t^r' (k_t^r')^T,   s_t = gamma_t + w_{t+1}
+//
+// so a state element costs 2 rank + 1 multiply-adds a token, and y_t sees nothing of later tokens.
+// The next span begins by adding what its first token owes to the last.  A span ends where it is
+// full, where its sequence ends, and after a token whose state is captured.
+//
+// Slow decays are multiplied as h + (d - 1) h, where d - 1 has all its digits: a long sequence is as
+// exact as a short one.
+//
+// Rows and states that do not fit into the block's registers are tiles, kept in the workspace
+// between their turns.
+#pragma once
+
+#include "cuda/ssd_chunk_general_span.cuh"
+
+namespace ssmk::cuda {
+
+template <int kRows, int kChunks, bool kSiso>
+struct GeneralBlock {
+  static constexpr int kGroup = 16 / kRows;  // steps whose sums over lanes are added up together
+
+  const GeneralLaunch &g;
+  const SsdChunkProblem &p;
+  const GeneralPlan &s;
+  float *const shared;
+  const Span span;
+  const int lane, mine;  // of a row; the row of threads
+  float h[kRows][kChunks][4];
+  enum { kZero, kInitial, kParked, kHere } where = kZero;  // the states
+
+  __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory, Span here)
+      : g(launch),
+        p(launch.p),
+        s(launch.plan),
+        shared(memory),
+        span(here),
+        lane(threadIdx.x & ((1 << s.log_lanes) - 1)),
+        mine(threadIdx.x >> s.log_lanes) {
+    zero();
+  }
+
+  // ---- States
+
+  __device__ __forceinline__ int state_at(int tile, int c) const {
+    return tile * s.tile_states + ((c << s.log_lanes) + lane) * 4;
+  }
+  __device__ __forceinline__ int row_at(int tile, int r) const {
+    return span.first_row + tile * s.rows + mine * kRows + r;
+  }
+  __device__ __forceinline__ int tiles() const { return s.row_tiles * s.state_tiles; }
+
+  __device__ __forceinline__ void zero() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) h[r][c][e] = 0.0f;
+  }
+
+  // f(value, p, n) of the elements that there are.
+  template <class F>
+  __device__ __forceinline__ void each_state(int row_tile, int state_tile, const F &f) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = row_at(row_tile, r);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int n = state_at(state_tile, c) + e;
+          if (row < p.headdim && n < p.dstate) f(h[r][c][e], row, n);
+        }
+    }
+  }
+
+  // True if a value is not finite.
+  __device__ __forceinline__ bool read_initial(int row_tile, int state_tile) {
+    bool bad = false;
+    zero();
+    if (!p.initial.h.given()) return bad;
+    const char *const from = p.initial.h.at(span.slot, span.head);
+    const int64_t row_stride = p.initial.h.stride[2], stride = p.initial.h.stride[3];
+    const DType dtype = p.initial.h.dtype;
+    const int64_t item = size_of(dtype);
+    each_state(row_tile, state_tile, [&](float &value, int row, int n) {
+      value = value_of(load_bits(from + (row * row_stride + n * stride) * item, dtype), dtype);
+      bad |= not_finite(value);
+    });
+    return bad;
+  }
+
+  __device__ __forceinline__ void write_to(const View<4> &to, int64_t entry, int row_tile,
+                                           int state_tile) {
+    char *const base = to.at(entry, span.head);
+    const int64_t row_stride = to.stride[2], stride = to.stride[3], item = size_of(to.dtype);
+    const DType dtype = to.dtype;
+    each_state(row_tile, state_tile, [&](float &value, int row, int n) {
+      store(base + (row * row_stride + n * stride) * item, dtype, value);
+    });
+  }
+
+  __device__ __forceinline__ float4 *parked(int tile) const {
+    return reinterpret_cast<float4 *>(p.workspace.data) +
+           ((span.block * tiles() + tile) * kRows * kChunks) * blockDim.x + threadIdx.x;
+  }
+
+  // The states of a tile to registers, from wherever they are.
+  __device__ __forceinline__ void bring(int row_tile, int state_tile) {
+    if (where == kHere) return;
+    if (where == kZero) return zero();
+    if (where == kInitial) {
+      read_initial(row_tile, state_tile);
+      return;
+    }
+    const float4 *const from = parked(row_tile * s.state_tiles + state_tile);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const float4 v = from[int64_t(r * kChunks + c) * blockDim.x];
+        h[r][c][0] = v.x, h[r][c][1] = v.y, h[r][c][2] = v.z, h[r][c][3] = v.w;
+      }
+  }
+
+  __device__ __forceinline__ void park(int row_tile, int state_tile) {
+    if (tiles() == 1) return;
+    float4 *const to = parked(row_tile * s.state_tiles + state_tile);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        to[int64_t(r * kChunks + c) * blockDim.x] =
+            make_float4(h[r][c][0], h[r][c][1], h[r][c][2], h[r][c][3]);
+  }
+
+  __device__ __forceinline__ void clear() {
+    zero();
+    where = kZero;
+  }
+
+  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry) {
+    if (!to.given()) return;
+    for (int i = 0; i < s.row_tiles; ++i)
+      for (int j = 0; j < s.state_tiles; ++j) {
+        bring(i, j);
+        write_to(to, entry, i, j);
+      }
+  }
+
+  // ---- Tokens
+
+  // h <- h + coefficient row^T, for the rows of the thread.
+  template <bool kCareful>
+  __device__ __forceinline__ void add_product(const float *keys, float weight, const float *values,
+                                              int state_tile) {
+    float u[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) u[r] = __fmul_rn(weight, values[r]);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const float4 k4 = *reinterpret_cast<const float4 *>(keys + state_at(state_tile, c));
+      const float k[4] = {k4.x, k4.y, k4.z, k4.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (kCareful && state_at(state_tile, c) + e >= p.dstate) continue;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const F &f) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(h[r][c][e]);
+  }
+
+  template <bool kCareful>
+  __device__ __forceinline__ void advance(int token, int row_tile, int state_tile) {
+    const TokenTerms terms = reinterpret_cast<const TokenTerms *>(shared + s.terms)[token];
+    if (kCareful) {
+      // What is infinite stays so, and what is not has the bits that it has below.
+      each([&](float &v) {
+        v = terms.slow && !not_finite(v) ? fmaf(terms.decay_less_1, v, v)
+                                         : __fmul_rn(terms.decay, v);
+      });
+    } else if (terms.slow) {
+      each([&](float &v) { v = fmaf(terms.decay_less_1, v, v); });
+    } else {
+      each([&](float &v) { v = __fmul_rn(terms.decay, v); });
+    }
+    const int ranks = kSiso ? 1 : s.rank;
+    for (int r = 0; r < ranks; ++r)
+      add_product<kCareful>(
+          shared + s.K + (token * ranks + r) * s.padded, terms.write,
+          shared + s.U + (token * ranks + r) * s.block_rows + row_tile * s.rows + mine * kRows,
+          state_tile);
+  }
+
+  // Sums of 16 values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
+  // half of the values; neighbours first, whatever the number of lanes.
+  __device__ __forceinline__ void sum_up(float (&y)[16], int step, int row_tile, bool add) {
+    int first = 0;
+    halve<8>(y, &first);
+    if (lane >= 16) return;
+    float *const to = shared + s.Y + row_tile * s.rows + mine * kRows;
+    const int count = 16 >> s.log_lanes;
+#pragma unroll
+    for (int j = 0; j < 16; ++j)
+      if (j == 0 || j < count) {
+        const int at = first + j;
+        float *const place = to + (step + at / kRows) * s.block_rows + at % kRows;
+        *place = add ? *place + y[j] : y[j];
+      }
+  }
+
+  // While there are lanes to add: 2 kHalf values become kHalf.
+  template <int kHalf>
+  __device__ __forceinline__ void halve(float (&y)[16], int *first) {
+    constexpr int kOff = 8 / (kHalf ? kHalf : 1);
+    if constexpr (kHalf == 0) {
+      if (s.log_lanes == 5) y[0] += __shfl_xor_sync(~0u, y[0], 16);
+    } else if (kOff < 1 << s.log_lanes) {
+      const bool upper = lane & kOff;
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) {
+        const float sent = upper ? y[j] : y[j + kHalf], kept = upper ? y[j + kHalf] : y[j];
+        y[j] = kept + __shfl_xor_sync(~0u, sent, kOff);
+      }
+      *first += upper ? kHalf : 0;
+      halve<kHalf / 2>(y, first);
+    }
+  }
+
+  template <bool kCareful>
+  __device__ __forceinline__ void walk(int steps, int row_tile, int state_tile) {
+    int token = 0, rank = 0;
+    for (int first = 0; first < steps; first += kGroup) {
+      float y[16];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) y[i * kRows + r] = 0.0f;
+        if (first + i >= steps) continue;
+        const float *const queries = shared + s.Q + (first + i) * s.padded;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const float4 q4 = *reinterpret_cast<const float4 *>(queries + state_at(state_tile, c));
+          const float q[4] = {q4.x, q4.y, q4.z, q4.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            // States past the end are dropped, not multiplied by a padded 0.
+            if (kCareful && state_at(state_tile, c) + e >= p.dstate) continue;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+              y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
+          }
+        }
+        if (kSiso || ++rank == s.rank) {
+          advance<kCareful>(token++, row_tile, state_tile);
+          rank = 0;
+        }
+      }
+      sum_up(y, first, row_tile, state_tile > 0);
+    }
+  }
+
+  // What the span's first token owes to the one before it.
+  template <bool kCareful>
+  __device__ __forceinline__ void add_before(int row_tile, int state_tile) {
+    const float share = shared[s.owed];
+    const int ranks = kSiso ? 1 : s.rank;
+    for (int i = 0; i < ranks; ++i) {
+      float u[kRows];
+      const int row = row_tile * s.rows + mine * kRows;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float v = shared[s.v_before + row + r];
+        u[r] = s.has_psi ? __fmul_rn(v, shared[s.psi + i * s.block_rows + row + r]) : v;
+      }
+      add_product<kCareful>(shared + s.k_before + i * s.padded, share, u, state_tile);
+    }
+  }
+
+  // All tokens of a span; before says that there is a token before it.
+  __device__ __forceinline__ void run(int tokens, bool before, bool careful) {
+    const int steps = kSiso ? tokens : tokens * s.rank;
+    for (int i = 0; i < s.row_tiles; ++i)
+      for (int j = 0; j < s.state_tiles; ++j) {
+        bring(i, j);
+        if (careful) {
+          if (before) add_before<true>(i, j);
+          walk<true>(steps, i, j);
+        } else {
+          if (before) add_before<false>(i, j);
+          walk<false>(steps, i, j);
+        }
+        park(i, j);
+      }
+    where = tiles() == 1 ? kHere : kParked;
+  }
+};
+
+template <int kRows, int kChunks, bool kSiso>
+__global__ void __launch_bounds__(kGeneralThreads, 1)
+    ssd_general(const __grid_constant__ GeneralLaunch launch) {
+  extern __shared__ float4 memory[];
+  using Block = GeneralBlock<kRows, kChunks, kSiso>;
+  begin();
+  float *const shared = reinterpret_cast<float *>(memory);
+  const SsdChunkProblem &p = launch.p;
+  const GeneralPlan &s = launch.plan;
+  const Span span = span_of(launch);
+  SpanWork<kSiso> work{p, s, shared, span};
+  if (span.pad) return work.zero_output(span.begin, span.end);
+
+  Block block(launch, shared, span);
+  work.read_parameters();
+  // Sticky: where something was not finite, the states may not be until they are cleared.
+  bool careful = false;
+  if (span.has_initial) {
+    block.where = Block::kInitial;
+    bool bad = work.read_initial();
+    if (block.tiles() == 1) {
+      bad |= block.read_initial(0, 0);
+      block.where = Block::kHere;
+    } else {
+      bad = true;  // they are not looked at here
+    }
+    careful = __syncthreads_or(bad);
+  } else {
+    work.clear();
+  }
+
+  int64_t last = -1, capture = work.next_capture(span.begin);
+  for (int64_t t = span.begin; t < span.end;) {
+    int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
+    if (p.seqs.seq_idx.given()) {
+      const Run run = work.next_run(t, tokens);
+      tokens = run.tokens;
+      if (run.id < 0) {
+        work.zero_output(t, t + tokens);
+        t += tokens;
+        continue;
+      }
+      if (last >= 0 && run.id != last) {
+        block.clear();
+        work.clear();
+        careful = false;
+      }
+      last = run.id;
+    }
+    if (capture < t) capture = work.next_capture(t);
+    const bool captured = capture - t < tokens;
+    if (captured) tokens = int(capture - t) + 1;
+    careful |= work.prepare(t, tokens);
+    block.run(tokens, work.has_before, careful);
+    __syncthreads();
+    work.finish(t, tokens);
+    work.keep_last(t, tokens);
+    if (captured)
+      work.each_capture(capture, [&](int64_t i) {
+        block.write_states(p.captured.h, i);
+        work.write_small(p.captured, i);
+      });
+    t += tokens;
+  }
+  __syncthreads();
+  block.write_states(p.final.h, span.slot);
+  work.write_small(p.final, span.slot);
+}
+
+}  // namespace ssmk::cuda
