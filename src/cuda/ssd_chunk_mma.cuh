@@ -63,11 +63,17 @@ struct MmaSpan {
   bool pad, has_initial, first, last;  // first, last: segment of the sequence
 };
 
+// Where packed sequence k begins, held within the tokens that there are.
+__device__ __forceinline__ int64_t cut_at(const SsdChunkProblem &p, int64_t k) {
+  const int64_t t = read_index(p.seqs.cu_seqlens, k);
+  return t < 0 ? 0 : t > p.seqlen ? p.seqlen : t;
+}
+
 // The first slot of a sequence.  Of packed ones each has as many as it may need.
 __device__ __forceinline__ int64_t first_slot(const SsdChunkProblem &p, const MmaPlan &plan,
                                               int64_t seq) {
   if (plan.segment == 0) return seq;
-  if (p.seqs.cu_seqlens.given()) return read_index(p.seqs.cu_seqlens, seq) / plan.segment + seq;
+  if (p.seqs.cu_seqlens.given()) return cut_at(p, seq) / plan.segment + seq;
   const int64_t each = (p.seqlen + plan.segment - 1) / plan.segment;
   return seq * (each > 1 ? each : 1);
 }
@@ -77,7 +83,6 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
                                         MmaSpan *s) {
   int64_t seq = i, local = 0;
   const bool packed = p.seqs.cu_seqlens.given();
-  const auto cut = [&](int64_t k) { return read_index(p.seqs.cu_seqlens, k); };
   s->index = i;
   if (plan.segment > 0 && packed) {
     int64_t low = 0, high = p.seqs.nseq;
@@ -93,8 +98,9 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
     local = i % each;
   }
   s->row = packed ? 0 : seq;
-  s->seq_begin = packed ? cut(seq) : 0;
-  s->seq_end = packed ? cut(seq + 1) : p.seqlen;
+  s->seq_begin = packed ? cut_at(p, seq) : 0;
+  s->seq_end = packed ? cut_at(p, seq + 1) : p.seqlen;
+  if (s->seq_end < s->seq_begin) s->seq_end = s->seq_begin;
   const int64_t size = s->seq_end - s->seq_begin;
   s->begin = s->seq_begin + local * plan.segment;
   s->end = plan.segment > 0 && s->seq_end - s->begin > plan.segment ? s->begin + plan.segment
@@ -106,7 +112,7 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   s->slot = slot.index;
   s->pad = slot.pad;
   s->has_initial = !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(seq) != 0;
-  return local == 0 || local * plan.segment < size;
+  return local == 0 || (local > 0 && local * plan.segment < size);
 }
 
 // Byte of 16-byte piece `piece` of a row, for rows of `bytes`: pieces are mixed so that a column of

@@ -9,7 +9,7 @@
 namespace ssmk::cuda {
 
 // States of a row in registers: dstate rounded up to what is instantiated.
-inline int mma_states(int64_t dstate) { return dstate <= 64 ? 64 : dstate <= 128 ? 128 : 256; }
+inline int mma_states(int64_t dstate) { return dstate <= 64 ? 64 : 128; }
 
 inline bool mma_is_mamba3(const SsdChunkProblem &p) {
   return p.mamba3.any() || p.trap.given() || p.angles.given();
@@ -69,21 +69,46 @@ bool mma_packs(const View<Rank> &v, int axis) {
   return !v.given() || packs_along(v, axis, 16);
 }
 
-inline bool mma_takes(const SsdChunkProblem &p) {
+// Bytes of shared memory that a block may have.
+inline int mma_shared_limit(int capability) {
+  switch (capability) {
+    case 80:
+    case 87: return 163 << 10;
+    case 90:
+    case 100:
+    case 103: return 227 << 10;
+    default: return 99 << 10;
+  }
+}
+
+// Why not, as far as sizes and dtypes tell.
+inline const char *mma_refuses_sizes(const SsdChunkProblem &p) {
   const Mamba3 &m = p.mamba3;
   const DType type = p.x.dtype;
-  if (type != DType::kF16 && type != DType::kBF16) return false;
-  if (p.B.dtype != type || p.C.dtype != type || p.out.dtype != type) return false;
-  if (p.z.given() && p.z.dtype != type) return false;
-  if (p.headdim < 16 || p.headdim % 16 || p.dstate < 16 || p.dstate % 16 || p.dstate > 256)
-    return false;
-  if (p.seqs.seq_idx.given()) return false;
-  if (m.rank != 1 && m.rank != 2 && m.rank != 4 && m.rank != 8) return false;
-  if (m.nangles % 8 || (m.norm_weight.given() && p.headdim > kSlice)) return false;
+  if (type != DType::kF16 && type != DType::kBF16) return "x is not of 16 bits";
+  if (p.B.dtype != type || p.C.dtype != type || p.out.dtype != type ||
+      (p.z.given() && p.z.dtype != type))
+    return "x, B, C, z and out differ in dtype";
+  if (p.headdim < 16 || p.headdim % 16) return "headdim is not a multiple of 16";
+  if (p.dstate < 16 || p.dstate % 16) return "dstate is not a multiple of 16";
+  if (p.dstate > 128) return "dstate is above 128";
+  if (p.seqs.seq_idx.given()) return "seq_idx";
+  if (m.rank != 1 && m.rank != 2 && m.rank != 4 && m.rank != 8) return "rank is not 1, 2, 4 or 8";
+  if (m.nangles % 8) return "nangles is not a multiple of 8";
+  if (m.norm_weight.given() && p.headdim > kSlice) return "norm over a headdim above 64";
+  return nullptr;
+}
+
+// And by strides, addresses and the GPU: rows come and go 16 bytes at a time.
+inline const char *mma_refuses(const SsdChunkProblem &p, int capability) {
+  if (capability < 80) return "the GPU is older than sm_80";
+  if (const char *const why = mma_refuses_sizes(p)) return why;
   if (!mma_packs(p.x, 3) || !mma_packs(p.z, 3) || !mma_packs(p.out, 4) || !mma_packs(p.B, 4) ||
-      !mma_packs(p.C, 4) || (m.nangles > 0 && !mma_packs(p.angles, 3)))
-    return false;
-  return true;
+      !mma_packs(p.C, 4) || (p.mamba3.nangles > 0 && !mma_packs(p.angles, 3)))
+    return "rows that are not packed in 16 bytes";
+  if (mma_shared_for(p, 1, kRows >> log2_of(p.mamba3.rank)).total > mma_shared_limit(capability))
+    return "too little shared memory";
+  return nullptr;
 }
 
 // Teams that a large GPU has under way at once.  A number for all GPUs: the cut, and with it the

@@ -16,6 +16,8 @@ struct SsdPath {
   uint64_t (*workspace)(const SsdChunkProblem &);
 };
 
+// 16-bit inputs on tensor cores.
+extern const SsdPath kSsdMma;
 // Takes every call.
 extern const SsdPath kSsdGeneral;
 
