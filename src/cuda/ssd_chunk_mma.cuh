@@ -36,7 +36,7 @@ struct MmaShared {
   int head = 0, teams;  // what a team has for itself: its bytes, and where the first begins
   // within a team's
   int keys = 0, queries = 0, x = 0, u = 0, z = 0, out = 0, weights = 0, turns = 0, angles = 0;
-  int rows = 0, dt = 0, carry = 0, totals = 0, bias = 0, mimo = 0, squares = 0, last = 0;
+  int rows = 0, dt = 0, facts = 0, D = 0, norm = 0, carry = 0, totals = 0, bias = 0, mimo = 0, squares = 0, last = 0;
   int total = 0;
 };
 
@@ -57,9 +57,11 @@ struct MmaPlan {
 
 // Rows of the inputs that a token has, and so on: what is the same for all threads of a block.
 struct MmaSpan {
-  int64_t row, begin, end;  // tokens of the segment
-  int64_t seq_begin, seq_end, slot, index;
-  int64_t local;  // number of the segment in its sequence
+  int64_t slot;             // of the states
+  int index;                // in the workspace
+  int row, begin, end;      // tokens of the segment
+  int seq_begin, seq_end;   // of the sequence
+  int local;                // number of the segment in its sequence
   bool pad, has_initial, first, last;  // first, last: segment of the sequence
 };
 
@@ -83,7 +85,7 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
                                         MmaSpan *s) {
   int64_t seq = i, local = 0;
   const bool packed = p.seqs.cu_seqlens.given();
-  s->index = i;
+  s->index = int(i);
   if (plan.segment > 0 && packed) {
     int64_t low = 0, high = p.seqs.nseq;
     while (high - low > 1) {
@@ -105,7 +107,7 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   s->begin = s->seq_begin + local * plan.segment;
   s->end = plan.segment > 0 && s->seq_end - s->begin > plan.segment ? s->begin + plan.segment
                                                                     : s->seq_end;
-  s->local = local;
+  s->local = int(local);
   s->first = local == 0;
   s->last = s->end == s->seq_end;
   const Slot slot = slot_of(p.seqs.state_indices, p.seqs.pad, seq);
@@ -135,6 +137,7 @@ __device__ __forceinline__ void bring_rows(uint32_t to, const char *from, int64_
   const int piece = thread % kPieces;
   const int mask = (1 << log_rank) - 1;
   from += piece * 16;
+#pragma unroll 1
   for (int row = thread / kPieces; row < to_rows; row += threads / kPieces) {
     const bool there = row < rows && piece < pieces;
     const char *const at = from + int64_t(row >> log_rank) * token + int64_t(row & mask) * rank;

@@ -53,7 +53,9 @@ __device__ __forceinline__ bool all_finite(const MmaValues &u) {
 
 // y += D u.  Tile 2 j + half of Y^T and fragment j of U^T stand alike.
 template <class T>
-__device__ __forceinline__ void add_skip(MmaTile &y, const MmaValues &u, const float (&D)[2]) {
+__device__ __forceinline__ void add_skip(MmaTile &y, const MmaValues &u, const float *by,
+                                         const MmaThread &t) {
+  const float D[2] = {by[t.warp * 16 + (t.lane >> 2)], by[t.warp * 16 + 8 + (t.lane >> 2)]};
 #pragma unroll
   for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -65,8 +67,9 @@ __device__ __forceinline__ void add_skip(MmaTile &y, const MmaValues &u, const f
 }
 
 // y *= weight / sqrt(mean y^2 + eps), the mean over all the head's channels.
-__device__ __forceinline__ void normalise(MmaTile &y, const float (&weight)[2], float eps,
-                                          float *squares, const MmaThread &t) {
+__device__ __forceinline__ void normalise(MmaTile &y, const float *by, float eps, float *squares,
+                                          const MmaThread &t) {
+  const float weight[2] = {by[t.warp * 16 + (t.lane >> 2)], by[t.warp * 16 + 8 + (t.lane >> 2)]};
   const int q = t.lane & 3;
 #pragma unroll
   for (int i = 0; i < 8; ++i)
@@ -98,36 +101,35 @@ __device__ __forceinline__ void gate_rows(const MmaTile &y, bool gated, uint32_t
                                           int warp, int lane) {
   const uint32_t row = ((lane & 7) + ((lane >> 4) << 3)) * kSliceBytes;
   const int mix = ((((lane >> 3) & 1) + 2 * warp) ^ (lane & 7)) << 4;
+  uint32_t words[4][4];
+  if (gated) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    float v[2][4];
+    for (int j = 0; j < 4; ++j) load_transposed(words[j], z + row + j * 16 * kSliceBytes + mix);
+  }
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) v[half][k] = y.v[2 * j + half][k];
-    if (gated) {
-      uint32_t gate[4];
-      load_transposed(gate, z + row + j * 16 * kSliceBytes + mix);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float2 f = unpack_two<T>(gate[half * 2 + k]);
-          v[half][2 * k] *= silu(f.x);
-          v[half][2 * k + 1] *= silu(f.y);
-        }
-      __syncwarp();
-    }
-    // Turned round: rows lane / 4, two neighbouring channels.
+  for (int j = 0; j < 4; ++j)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const uint32_t word = transposed(pack_two<T>(v[half][2 * k], v[half][2 * k + 1]));
-        const int i = j * 16 + half * 8 + (lane >> 2);
-        store_word(out + word_at(i, warp * 16 + k * 8 + 2 * (lane & 3), kSliceBytes), word);
+        float2 v = {y.v[2 * j + half][2 * k], y.v[2 * j + half][2 * k + 1]};
+        if (gated) {
+          const float2 gate = unpack_two<T>(words[j][half * 2 + k]);
+          v.x *= silu(gate.x), v.y *= silu(gate.y);
+        }
+        // Turned round: rows lane / 4, two neighbouring channels.
+        words[j][half * 2 + k] = transposed(pack_two<T>(v.x, v.y));
       }
-  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        store_word(out + word_at(j * 16 + half * 8 + (lane >> 2),
+                                 warp * 16 + k * 8 + 2 * (lane & 3), kSliceBytes),
+                   words[j][half * 2 + k]);
 }
 
 // Any rank: gates of tokens, zeta and phi of (rank, channel).  With `sum` the rows of `out` are
@@ -161,6 +163,7 @@ __device__ __forceinline__ void gate_ranks(MmaTile &y, bool gated, uint32_t z, u
       };
       if (sum && log_rank > 0) {
         float all = low + high;
+#pragma unroll 1
         for (int off = 2; off < 1 << log_rank; off *= 2)
           all += __shfl_xor_sync(~0u, all, off / 2);
         if ((row & mask) == 0) put(row >> log_rank, all);
@@ -178,6 +181,7 @@ __device__ __forceinline__ void store_rows(uint32_t tile, char *to, int64_t toke
   const int piece = thread & 7, mask = (1 << log_rank) - 1;
   if (piece >= pieces) return;
   to += piece * 16;
+#pragma unroll 1
   for (int row = thread >> 3; row < rows; row += kTeam / 8) {
     const uint4 v = load_four_words(tile + piece_at(row, piece, kSliceBytes));
     *reinterpret_cast<uint4 *>(to + int64_t(row >> log_rank) * token + int64_t(row & mask) * rank) =

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cuda/ssd_chunk_mma_states.cuh"
+#include "cuda/ssd_chunk_mma_prepare.cuh"
 
 namespace ssmk::cuda {
 
@@ -52,6 +52,9 @@ inline MmaShared mma_shared_for(const SsdChunkProblem &p, int teams, int tokens)
   at.angles = take(tokens * nangles * (p.angles.given() ? int(size_of(p.angles.dtype)) : 0));
   at.rows = take(5 * kRows * 4);
   at.dt = take(kRows * 4);
+  at.facts = take(sizeof(TeamFacts));
+  at.D = take(kSlice * 4);
+  at.norm = take(kSlice * 4);
   at.carry = take(2 * nangles * 4);
   at.totals = take(1024);
   at.bias = take(mamba3 ? 2 * rank * states * 4 : 0);
@@ -81,6 +84,8 @@ inline int mma_shared_limit(int capability) {
   }
 }
 
+constexpr int64_t kMostTokens = 0x40000000;
+
 // Why not, as far as sizes and dtypes tell.
 inline const char *mma_refuses_sizes(const SsdChunkProblem &p) {
   const Mamba3 &m = p.mamba3;
@@ -94,6 +99,7 @@ inline const char *mma_refuses_sizes(const SsdChunkProblem &p) {
   if (p.dstate > 128) return "dstate is above 128";
   if (p.seqs.seq_idx.given()) return "seq_idx";
   if (m.rank != 1 && m.rank != 2 && m.rank != 4 && m.rank != 8) return "rank is not 1, 2, 4 or 8";
+  if (p.seqlen > kMostTokens || p.batch > kMostTokens) return "too many tokens or rows";
   if (m.nangles % 8) return "nangles is not a multiple of 8";
   if (m.norm_weight.given() && p.headdim > kSlice) return "norm over a headdim above 64";
   return nullptr;

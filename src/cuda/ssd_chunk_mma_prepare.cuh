@@ -17,11 +17,11 @@ struct TokenBits {
 };
 
 __device__ __forceinline__ void read_tokens(TokenBits &b, const SsdChunkProblem &p, int64_t row,
-                                            int64_t begin, int64_t end, int tokens, int64_t head,
+                                            int begin, int end, int tokens, int64_t head,
                                             int lane) {
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    const int64_t t = begin + 2 * lane + i;
+    const int t = begin + 2 * lane + i;
     const bool there = t < end && 2 * lane + i <= tokens;
     b.dt[i] = there ? load_bits(p.dt.at(row, t, head), p.dt.dtype) : 0;
     b.trap[i] = there && p.trap.given() ? load_bits(p.trap.at(row, t, head), p.trap.dtype) : 0;
@@ -30,10 +30,13 @@ __device__ __forceinline__ void read_tokens(TokenBits &b, const SsdChunkProblem 
   }
 }
 
-// Of a head, the same for all its tokens.
-struct HeadStep {
-  float bias = 0;
-  double A = 0;
+// What a team looks up from time to time: in shared memory, to leave the registers to the products.
+struct TeamFacts {
+  const char *B, *C, *x, *z, *angles;  // of token 0
+  char *out;
+  double A;
+  float bias;  // of dt
+  MmaSpan span;
 };
 
 __device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
@@ -61,7 +64,7 @@ struct TokenArrays {
 // `carried`: it adds its share to the weight of the last one, else that is left apart.  Returns the
 // sum of the log2 decays.
 __device__ __forceinline__ double prepare_rows(const TokenArrays &to, const TokenBits &b,
-                                               const SsdChunkProblem &p, const HeadStep &head,
+                                               const SsdChunkProblem &p, const TeamFacts &head,
                                                int tokens, bool follows, bool carried,
                                                int chunk_tokens, int log_rank, int lane) {
   const Mamba3 &m = p.mamba3;
@@ -148,43 +151,60 @@ __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, D
   uint32_t a = 0, b = 0;
   const bool wide = dtype == DType::kF32;
   const int row_bytes = nangles * (wide ? 4 : 2);
-  for (int i = 0; i < cut.each; ++i) {
-    const int t = group * cut.each + i;
-    float2 v;
-    if (wide) {
-      const uint2 w = load_two_words(angles + t * row_bytes + pair * 8);
-      v = {__uint_as_float(w.x), __uint_as_float(w.y)};
-    } else {
-      const uint32_t w = load_word(angles + t * row_bytes + pair * 4);
-      v = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w) : unpack_two<__half>(w);
+  // Several at a time: what is under way is not waited for.
+  constexpr int kBatch = 4;
+  const int first = group * cut.each, end = first + cut.each;
+#pragma unroll 1
+  for (int t = first; t < end; t += kBatch) {
+    float2 v[kBatch];
+    float step[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int from = min(t + i, end - 1);
+      step[i] = dt[from];
+      if (wide) {
+        const uint2 w = load_two_words(angles + from * row_bytes + pair * 8);
+        v[i] = {__uint_as_float(w.x), __uint_as_float(w.y)};
+      } else {
+        const uint32_t w = load_word(angles + from * row_bytes + pair * 4);
+        v[i] = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w) : unpack_two<__half>(w);
+      }
     }
-    a = add_turns(a, turn_of(v.x, dt[t]));
-    b = add_turns(b, turn_of(v.y, dt[t]));
-    store_two_words(turns + (t * nangles + 2 * pair) * 4, a, b);
+    uint2 sum[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (t + i < end) {
+        a = add_turns(a, turn_of(v[i].x, step[i]));
+        b = add_turns(b, turn_of(v[i].y, step[i]));
+      }
+      sum[i] = {a, b};
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (t + i < end)
+        store_two_words(turns + ((t + i) * nangles + 2 * pair) * 4, sum[i].x, sum[i].y);
   }
   totals[group * nangles + 2 * pair] = a;
   totals[group * nangles + 2 * pair + 1] = b;
 }
 
-// Pairs of a row in two words, with their biases, turned and rounded.  Interleaved, the words are
-// neighbours and a pair each; in halves, each has one element of both pairs.
+// Two pairs of a row in two words, with their biases, turned and rounded.  Interleaved, a word is a
+// pair; in halves, each has one element of both pairs.
 template <class T, bool kHalf>
-__device__ __forceinline__ void turn_words(uint32_t first, uint32_t second, uint32_t to_first,
-                                           uint32_t to_second, float2 bias0, float2 bias1,
-                                           float2 sine, float2 cosine) {
-  float2 v0 = unpack_two<T>(load_word(first)), v1 = unpack_two<T>(load_word(second));
+__device__ __forceinline__ uint2 turned_words(uint2 words, float2 bias0, float2 bias1, float2 sine,
+                                              float2 cosine) {
+  float2 v0 = unpack_two<T>(words.x), v1 = unpack_two<T>(words.y);
   v0.x += bias0.x, v0.y += bias0.y, v1.x += bias1.x, v1.y += bias1.y;
-  if constexpr (kHalf) {
-    store_word(to_first, pack_two<T>(fmaf(v0.x, cosine.x, -v1.x * sine.x),
-                                     fmaf(v0.y, cosine.y, -v1.y * sine.y)));
-    store_word(to_second, pack_two<T>(fmaf(v0.x, sine.x, v1.x * cosine.x),
-                                      fmaf(v0.y, sine.y, v1.y * cosine.y)));
-  } else {
-    store_word(to_first, pack_two<T>(fmaf(v0.x, cosine.x, -v0.y * sine.x),
-                                     fmaf(v0.x, sine.x, v0.y * cosine.x)));
-    store_word(to_second, pack_two<T>(fmaf(v1.x, cosine.y, -v1.y * sine.y),
-                                      fmaf(v1.x, sine.y, v1.y * cosine.y)));
-  }
+  if constexpr (kHalf)
+    return {pack_two<T>(fmaf(v0.x, cosine.x, -v1.x * sine.x),
+                        fmaf(v0.y, cosine.y, -v1.y * sine.y)),
+            pack_two<T>(fmaf(v0.x, sine.x, v1.x * cosine.x),
+                        fmaf(v0.y, sine.y, v1.y * cosine.y))};
+  else
+    return {pack_two<T>(fmaf(v0.x, cosine.x, -v0.y * sine.x),
+                        fmaf(v0.x, sine.x, v0.y * cosine.x)),
+            pack_two<T>(fmaf(v1.x, cosine.y, -v1.y * sine.y),
+                        fmaf(v1.x, sine.y, v1.y * cosine.y))};
 }
 
 // Tiles of keys and queries, by their shared addresses: as they came, and as products want them.
@@ -202,6 +222,7 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
   const int pair = thread & (cut.slots - 1), group = thread / cut.slots;
   if (pair >= cut.pairs || group >= cut.groups) return;
   uint2 base = {carry[2 * pair], carry[2 * pair + 1]};
+#pragma unroll 1
   for (int i = 0; i < group; ++i) {
     base.x = add_turns(base.x, totals[i * nangles + 2 * pair]);
     base.y = add_turns(base.y, totals[i * nangles + 2 * pair + 1]);
@@ -211,27 +232,48 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     next_carry[2 * pair + 1] = add_turns(base.y, totals[group * nangles + 2 * pair + 1]);
   }
   const int first = kHalf ? 2 * pair : 4 * pair, second = kHalf ? first + dstate / 2 : first + 2;
-  const int ranks = 1 << log_rank;
+  const int mask = (1 << log_rank) - 1;
+  const auto two = [&](const float *v, int row, int n) {
+    return *reinterpret_cast<const float2 *>(v + (row & mask) * kN + n);
+  };
   const float *const query_bias = bias + (kN << log_rank);
-  for (int i = 0; i < cut.each; ++i) {
-    const int t = group * cut.each + i;
-    const uint2 own = load_two_words(turns + (t * nangles + 2 * pair) * 4);
-    float2 sine, cosine;
-    sine_cosine_of(add_turns(base.x, own.x), &sine.x, &cosine.x);
-    sine_cosine_of(add_turns(base.y, own.y), &sine.y, &cosine.y);
-    for (int r = 0; r < ranks; ++r) {
-      const int row = t * ranks + r;
-      const uint32_t a = word_at(row, first, kBytes), b = word_at(row, second, kBytes);
-      const auto at = [&](const float *v, int n) {
-        return *reinterpret_cast<const float2 *>(v + r * kN + n);
-      };
-      turn_words<T, kHalf>(tiles.raw_keys + a, tiles.raw_keys + b, tiles.keys + a, tiles.keys + b,
-                           at(bias, first), at(bias, second), sine, cosine);
+  constexpr int kBatch = 4;
+  const int begin = (group * cut.each) << log_rank, end = begin + (cut.each << log_rank);
+#pragma unroll 1
+  for (int from = begin; from < end; from += kBatch) {
+    uint2 own[kBatch], k[kBatch], q[kBatch];
+    uint32_t at[kBatch][2];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = min(from + i, end - 1);
+      at[i][0] = word_at(row, first, kBytes), at[i][1] = word_at(row, second, kBytes);
+      own[i] = load_two_words(turns + ((row >> log_rank) * nangles + 2 * pair) * 4);
+      k[i] = {load_word(tiles.raw_keys + at[i][0]), load_word(tiles.raw_keys + at[i][1])};
       if (tiles.with_queries)
-        turn_words<T, kHalf>(tiles.raw_queries + a, tiles.raw_queries + b, tiles.queries + a,
-                             tiles.queries + b, at(query_bias, first), at(query_bias, second),
-                             sine, cosine);
+        q[i] = {load_word(tiles.raw_queries + at[i][0]), load_word(tiles.raw_queries + at[i][1])};
     }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = from + i;
+      float2 sine, cosine;
+      sine_cosine_of(add_turns(base.x, own[i].x), &sine.x, &cosine.x);
+      sine_cosine_of(add_turns(base.y, own[i].y), &sine.y, &cosine.y);
+      k[i] = turned_words<T, kHalf>(k[i], two(bias, row, first), two(bias, row, second), sine,
+                                    cosine);
+      if (tiles.with_queries)
+        q[i] = turned_words<T, kHalf>(q[i], two(query_bias, row, first),
+                                      two(query_bias, row, second), sine, cosine);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (from + i < end) {
+        store_word(tiles.keys + at[i][0], k[i].x);
+        store_word(tiles.keys + at[i][1], k[i].y);
+        if (tiles.with_queries) {
+          store_word(tiles.queries + at[i][0], q[i].x);
+          store_word(tiles.queries + at[i][1], q[i].y);
+        }
+      }
   }
 }
 
@@ -264,13 +306,30 @@ __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int
   const int i = thread & (slots - 1);
   if (i >= left) return;
   const int piece = i < low ? turned + i : i + 2 * turned;
-  for (int row = thread / slots; row < kRows; row += kTeam / slots) {
-    const uint32_t at = piece_at(row, piece, kN * 2);
-    const int n = (row & mask) * kN + piece * 8;
-    store_four_words(tiles.keys + at, plus<T>(load_four_words(tiles.raw_keys + at), bias + n));
-    if (tiles.with_queries)
-      store_four_words(tiles.queries + at,
-                       plus<T>(load_four_words(tiles.raw_queries + at), query_bias + n));
+  constexpr int kBatch = 2;
+#pragma unroll 1
+  for (int from = thread / slots; from < kRows; from += kBatch * kTeam / slots) {
+    uint4 k[kBatch], q[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const uint32_t at = piece_at(min(from + j * kTeam / slots, kRows - 1), piece, kN * 2);
+      k[j] = load_four_words(tiles.raw_keys + at);
+      if (tiles.with_queries) q[j] = load_four_words(tiles.raw_queries + at);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int row = from + j * kTeam / slots, n = (row & mask) * kN + piece * 8;
+      k[j] = plus<T>(k[j], bias + n);
+      if (tiles.with_queries) q[j] = plus<T>(q[j], query_bias + n);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int row = from + j * kTeam / slots;
+      if (row >= kRows) continue;
+      const uint32_t at = piece_at(row, piece, kN * 2);
+      store_four_words(tiles.keys + at, k[j]);
+      if (tiles.with_queries) store_four_words(tiles.queries + at, q[j]);
+    }
   }
 }
 
@@ -279,6 +338,7 @@ template <class T>
 __device__ __forceinline__ void spread_values(uint32_t x, uint32_t u, const float *psi,
                                               int log_rank, int thread) {
   const int piece = thread & 7, mask = (1 << log_rank) - 1;
+#pragma unroll 1
   for (int row = thread >> 3; row < kRows; row += kTeam / 8) {
     uint4 v = load_four_words(x + piece_at(row >> log_rank, piece, kSliceBytes));
     const float *const by = psi + (row & mask) * kSlice + piece * 8;

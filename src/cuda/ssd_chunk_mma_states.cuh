@@ -114,6 +114,7 @@ __device__ __forceinline__ void add_before(MmaState<kN> &h, const SsdChunkProble
 #pragma unroll 1
   for (int r = 0; r < p.mamba3.rank; ++r) {
     meet(t.team);
+#pragma unroll 1
     for (int n = t.thread; n < kN; n += kTeam)
       area[n] = p.initial.k.given() && n < p.dstate ? load_at(p.initial.k, entry, r, t.head, n)
                                                     : 0.0f;
@@ -184,14 +185,18 @@ __device__ __forceinline__ void pass_parts(const SsdChunkProblem &p, const MmaSp
     return s.has_initial && v.given() ? load_at(v, i...) : 0.0f;
   };
   if (to.v.given())
+#pragma unroll 1
     for (int c = t.thread; c < t.channels; c += kTeam)
       store_at(to.v, value(from.v, s.slot, t.head, t.channel + c), entry, t.head, t.channel + c);
   if (t.slice > 0) return;
   if (to.angle.given())
+#pragma unroll 1
     for (int i = t.thread; i < p.mamba3.nangles; i += kTeam)
       store_at(to.angle, value(from.angle, s.slot, t.head, i), entry, t.head, i);
   if (to.k.given())
+#pragma unroll 1
     for (int r = 0; r < p.mamba3.rank; ++r)
+#pragma unroll 1
       for (int i = t.thread; i < p.dstate; i += kTeam)
         store_at(to.k, value(from.k, s.slot, r, t.head, i), entry, r, t.head, i);
 }
@@ -202,14 +207,18 @@ __device__ __forceinline__ void write_parts(const SsdChunkProblem &p, int64_t ro
                                             const uint32_t *turns) {
   const Mamba3 &m = p.mamba3;
   if (to.v.given())
+#pragma unroll 1
     for (int c = t.thread; c < t.channels; c += kTeam)
       store_at(to.v, load_at(p.x, row, token, t.head, t.channel + c), entry, t.head, t.channel + c);
   if (t.slice > 0) return;
   if (to.angle.given())
+#pragma unroll 1
     for (int i = t.thread; i < m.nangles; i += kTeam)
       store_at(to.angle, angle_of_turns(turns[i]), entry, t.head, i);
   if (!to.k.given()) return;
+#pragma unroll 1
   for (int r = 0; r < m.rank; ++r)
+#pragma unroll 1
     for (int i = t.thread; i < p.dstate; i += kTeam) {
       const int half = int(p.dstate) / 2;
       const int pair = m.rotary_half ? (i < half ? i : i - half) : i >> 1;

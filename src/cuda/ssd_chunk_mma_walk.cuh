@@ -9,12 +9,13 @@
 namespace ssmk::cuda {
 
 // The first captured token in [begin, end), or end: by all threads of a block.
-__device__ __forceinline__ int64_t next_capture(const SsdChunkProblem &p, int64_t row,
-                                                int64_t begin, int64_t end, int *found) {
+__device__ __forceinline__ int next_capture(const SsdChunkProblem &p, int64_t row,
+                                                int begin, int end, int *found) {
   __syncthreads();
   if (threadIdx.x == 0) *found = 0x7fffffff;
   __syncthreads();
   int mine = 0x7fffffff;
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < p.ncaptures; i += blockDim.x) {
     const int64_t t = read_index(p.capture_positions, i) - row * p.seqlen;
     if (t >= begin && t < end && t - begin < mine) mine = int(t - begin);
@@ -87,7 +88,8 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
   if (s.pad) {
     if (plan.states_only || spare) return;
     const int rows_each = 1 << out_log_rank;
-    for (int64_t i = t.thread; i < (s.end - s.begin) * rows_each * pieces; i += kTeam) {
+#pragma unroll 1
+    for (int64_t i = t.thread; i < int64_t(s.end - s.begin) * rows_each * pieces; i += kTeam) {
       const int64_t row = i / pieces;
       *reinterpret_cast<uint4 *>(out_at + (s.begin + row / rows_each) * out_token +
                                  row % rows_each * out_rank + i % pieces * 16) = {0, 0, 0, 0};
@@ -109,18 +111,29 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
   }
 
   // What does not change from chunk to chunk.
-  float D[2] = {0, 0}, norm[2] = {0, 0};
-#pragma unroll
-  for (int k = 0; k < 2; ++k)
-    if (t.has(2 * k)) {
-      if (p.D.given()) D[k] = load_at(p.D, t.head, t.p(2 * k));
-      if (kMamba3 && m.norm_weight.given()) norm[k] = load_at(m.norm_weight, t.head, t.p(2 * k));
-    }
-  HeadStep step;
-  if (p.dt_bias.given()) step.bias = load_at(p.dt_bias, t.head);
-  if (p.A.given()) step.A = load_at(p.A, t.head);
+  TeamFacts *const facts = reinterpret_cast<TeamFacts *>(own + at.facts);
+  if (t.thread == 0) {
+    TeamFacts f;
+    f.B = p.B.at(s.row, 0, 0, t.group, 0);
+    f.C = p.C.at(s.row, 0, 0, t.group, 0);
+    f.x = p.x.at(s.row, 0, t.head, t.channel);
+    f.z = p.z.given() ? p.z.at(s.row, 0, t.head, t.channel) : nullptr;
+    f.angles = nangles > 0 ? p.angles.at(s.row, 0, t.head, 0) : nullptr;
+    f.out = out_at;
+    f.A = p.A.given() ? load_at(p.A, t.head) : 0;
+    f.bias = p.dt_bias.given() ? load_at(p.dt_bias, t.head) : 0;
+    f.span = s;
+    *facts = f;
+  }
+  for (int c = t.thread; c < kSlice; c += kTeam) {
+    const bool there = c < t.channels;
+    floats(at.D)[c] = there && p.D.given() ? load_at(p.D, t.head, t.channel + c) : 0.0f;
+    floats(at.norm)[c] =
+        there && m.norm_weight.given() ? load_at(m.norm_weight, t.head, t.channel + c) : 0.0f;
+  }
   if constexpr (kMamba3) {
     float *const bias = floats(at.bias), *const mimo = floats(at.mimo);
+#pragma unroll 1
     for (int i = t.thread; i < 2 * ranks * kN; i += kTeam) {
       const int r = i / kN % ranks, n = i % kN;
       const bool of_B = i < ranks * kN, given = of_B ? m.B_bias.given() : m.C_bias.given();
@@ -128,6 +141,7 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
                 : of_B                  ? load_at(m.B_bias, t.head, r, n)
                                         : load_at(m.C_bias, t.head, r, n);
     }
+#pragma unroll 1
     for (int i = t.thread; at.mimo && i < 3 * ranks * kSlice; i += kTeam) {
       const int which = i / (ranks * kSlice), r = i / kSlice % ranks, c = i % kSlice;
       const auto value = [&](const View<3> &v) {
@@ -137,6 +151,7 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
     }
     // Angles before the segment.
     uint32_t *const carry = reinterpret_cast<uint32_t *>(own + at.carry);
+#pragma unroll 1
     for (int i = t.thread; i < nangles; i += kTeam) {
       uint32_t turns = 0;
       if (plan.turns) {
@@ -157,35 +172,35 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
     begin_state<kN>(h, p, s, t, area);
   }
 
+  __syncthreads();
+
   // Copies ahead.
-  const int64_t end = s.end;
-  const auto chunk_end = [&](int64_t begin) {
-    int64_t stop = end - begin > plan.tokens ? begin + plan.tokens : end;
-    if (p.ncaptures > 0 && !plan.states_only) {
-      const int64_t token = next_capture(p, s.row, begin, stop, found);
+  const int end = s.end;
+  const bool captures = p.ncaptures > 0 && !plan.states_only;
+  const auto chunk_end = [&](int begin) {
+    int stop = end - begin > plan.tokens ? begin + plan.tokens : end;
+    if (captures) {
+      const int token = next_capture(p, facts->span.row, begin, stop, found);
       if (token < stop) stop = token + 1;
     }
     return stop;
   };
-  const char *const B_at = p.B.at(s.row, 0, 0, t.group, 0);
-  const char *const C_at = p.C.at(s.row, 0, 0, t.group, 0);
-  const char *const x_at = p.x.at(s.row, 0, t.head, t.channel);
-  const char *const z_at = p.z.given() ? p.z.at(s.row, 0, t.head, t.channel) : nullptr;
-  const auto bring_keys = [&](int64_t begin, int tokens, int stage) {
+  const auto bring_keys = [&](int begin, int tokens, int stage) {
     if (tokens > 0) {
       const uint32_t to = shared + stage * at.raw;
       const int rows = tokens << plan.log_rank, there = int(p.dstate) / 8;
-      bring_rows<kPieces>(to, B_at + begin * p.B.stride[1] * 2, p.B.stride[1] * 2,
+      bring_rows<kPieces>(to, facts->B + begin * p.B.stride[1] * 2, p.B.stride[1] * 2,
                           p.B.stride[2] * 2, plan.log_rank, rows, kRows, there, threadIdx.x,
                           blockDim.x);
       if (!plan.states_only)
-        bring_rows<kPieces>(to + kRows * kBytes, C_at + begin * p.C.stride[1] * 2,
+        bring_rows<kPieces>(to + kRows * kBytes, facts->C + begin * p.C.stride[1] * 2,
                             p.C.stride[1] * 2, p.C.stride[2] * 2, plan.log_rank, rows, kRows,
                             there, threadIdx.x, blockDim.x);
       if (kMamba3 && nangles > 0) {
         const int bytes = nangles * size_of(p.angles.dtype), n = bytes / 16;
-        const char *const from = p.angles.at(s.row, begin, t.head, 0);
         const int64_t next = p.angles.stride[1] * size_of(p.angles.dtype);
+        const char *const from = facts->angles + begin * next;
+#pragma unroll 1
         for (int i = t.thread; i < plan.tokens * n; i += kTeam) {
           const bool given = i / n < tokens;
           copy_ahead_if(given, mine + at.angles + i * 16,
@@ -195,15 +210,15 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
     }
     end_copies();
   };
-  const auto bring_values = [&](int64_t begin, int tokens) {
+  const auto bring_values = [&](int begin, int tokens) {
     if (tokens > 0)
-      bring_rows<8>(mine + at.x, x_at + begin * p.x.stride[1] * 2, p.x.stride[1] * 2, 0, 0, tokens,
+      bring_rows<8>(mine + at.x, facts->x + begin * p.x.stride[1] * 2, p.x.stride[1] * 2, 0, 0, tokens,
                     plan.tokens, pieces, t.thread, kTeam);
     end_copies();
   };
-  const auto bring_gates = [&](int64_t begin, int tokens) {
-    if (tokens > 0 && z_at && !plan.states_only)
-      bring_rows<8>(mine + at.z, z_at + begin * p.z.stride[1] * 2, p.z.stride[1] * 2, 0, 0, tokens,
+  const auto bring_gates = [&](int begin, int tokens) {
+    if (tokens > 0 && p.z.given() && !plan.states_only)
+      bring_rows<8>(mine + at.z, facts->z + begin * p.z.stride[1] * 2, p.z.stride[1] * 2, 0, 0, tokens,
                     plan.tokens, pieces, t.thread, kTeam);
     end_copies();
   };
@@ -217,31 +232,32 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
                           floats(at.last)};
   const RowArrays rows_of = {to.sum, to.later, to.same, to.decay, to.ending};
   TokenBits bits;
-  const auto read_ahead = [&](int64_t begin) {
+  const auto read_ahead = [&](int begin) {
     if (t.warp == 0)
-      read_tokens(bits, p, s.row, begin, s.seq_end, plan.tokens, t.head, t.lane);
+      read_tokens(bits, p, facts->span.row, begin, facts->span.seq_end, plan.tokens, t.head,
+                  t.lane);
   };
 
-  int64_t begin = s.begin, stop = chunk_end(begin);
+  int begin = s.begin, stop = chunk_end(begin);
   read_ahead(begin);
-  bring_keys(begin, int(stop - begin), 0);
-  bring_values(begin, int(stop - begin));
-  bring_gates(begin, int(stop - begin));
-  double decays = 0;  // of the segment so far, in the first warp
+  bring_keys(begin, stop - begin, 0);
+  bring_values(begin, stop - begin);
+  bring_gates(begin, stop - begin);
+  float decays = 0;  // of the segment so far, in the first warp
   int stage = 0, parity = 0;
   const int block16 = t.team & 1 ? 3 - t.warp : t.warp;  // rows of S that the warp computes
 
   for (;;) {
-    const int tokens = int(stop - begin), rows = tokens << plan.log_rank;
-    const int64_t next = stop, next_stop = next < end ? chunk_end(next) : next;
-    const int next_tokens = int(next_stop - next);
+    const int tokens = stop - begin, rows = tokens << plan.log_rank;
+    const int next = stop, next_stop = next < end ? chunk_end(next) : next;
+    const int next_tokens = next_stop - next;
     // A state that leaves after this chunk must not hold what later tokens add.
-    const bool captured = p.ncaptures > 0 && !plan.states_only &&
-                          next_capture(p, s.row, stop - 1, stop, found) < stop;
-    const bool follows = stop < s.seq_end;
+    const bool captured =
+        captures && next_capture(p, facts->span.row, stop - 1, stop, found) < stop;
+    const bool follows = stop < facts->span.seq_end;
 
     if (t.warp == 0)
-      decays += prepare_rows(to, bits, p, step, tokens, follows, !captured, plan.tokens,
+      decays += prepare_rows(to, bits, p, *facts, tokens, follows, !captured, plan.tokens,
                              plan.log_rank, t.lane);
     if (next < end) read_ahead(next);
 
@@ -299,7 +315,7 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
     if (!finite) from = set_apart<T>(u, t.lane);
     if (!plan.states_only) {
       multiply_values<T>(y, u, mine + at.weights, t.lane);
-      if (p.D.given()) add_skip<T>(y, u, D);
+      if (p.D.given()) add_skip<T>(y, u, floats(at.D), t);
       if (!finite) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
@@ -309,17 +325,17 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
               y.v[i][k] = __int_as_float(0x7fffffff);
       }
       if (kMamba3 && m.norm_weight.given())
-        normalise(y, norm, m.norm_eps, floats(at.squares), t);
+        normalise(y, floats(at.norm), m.norm_eps, floats(at.squares), t);
       if (kMamba3 && at.mimo) {
         const float *const zeta = floats(at.mimo) + ranks * kSlice;
-        gate_ranks<T>(y, z_at != nullptr, mine + at.z, mine + at.out, zeta, zeta + ranks * kSlice,
+        gate_ranks<T>(y, p.z.given(), mine + at.z, mine + at.out, zeta, zeta + ranks * kSlice,
                       m.mimo_out.given(), plan.log_rank, t.warp, t.lane);
       } else {
-        gate_rows<T>(y, z_at != nullptr, mine + at.z, mine + at.out, t.warp, t.lane);
+        gate_rows<T>(y, p.z.given(), mine + at.z, mine + at.out, t.warp, t.lane);
       }
       meet(t.team);
       if (!spare)
-        store_rows(mine + at.out, out_at + begin * out_token, out_token, out_rank, out_log_rank,
+        store_rows(mine + at.out, facts->out + begin * out_token, out_token, out_rank, out_log_rank,
                    tokens << out_log_rank, pieces, t.thread);
     } else {
       meet(t.team);
@@ -335,11 +351,13 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
           if (from.from[k >> 1] < kRows) h.v[n][k] = __int_as_float(0x7fffffff);
     }
     if (captured) {
-      const int64_t position = s.row * p.seqlen + stop - 1;
+      const int row = facts->span.row;
+      const int64_t position = row * p.seqlen + stop - 1;
+#pragma unroll 1
       for (int64_t i = 0; i < p.ncaptures && !spare; ++i)
         if (read_index(p.capture_positions, i) == position) {
           if (p.captured.h.given()) write_state<kN>(h, p.captured.h, i, t, int(p.dstate), area);
-          if (kMamba3) write_parts(p, s.row, stop - 1, t, p.captured, i, next_carry);
+          if (kMamba3) write_parts(p, row, stop - 1, t, p.captured, i, next_carry);
         }
       if (follows && p.trap.given()) {
         // The weight of the last token alone.
@@ -352,12 +370,13 @@ __global__ void __launch_bounds__(2 * kTeam, 1)
       }
     }
     if (next == end) {
+      const MmaSpan &of = facts->span;
       if (plan.states_only) {
-        keep_state<kN>(h, kept_state<kN>(p, plan, s.index, t));
-        if (t.thread == 0) plan.decays[s.index * p.nheads + t.head] = float(decays);
-      } else if (s.last && !spare) {
-        if (p.final.h.given()) write_state<kN>(h, p.final.h, s.slot, t, int(p.dstate), area);
-        if (kMamba3) write_parts(p, s.row, s.seq_end - 1, t, p.final, s.slot, next_carry);
+        keep_state<kN>(h, kept_state<kN>(p, plan, of.index, t));
+        if (t.thread == 0) plan.decays[of.index * p.nheads + t.head] = decays;
+      } else if (of.last && !spare) {
+        if (p.final.h.given()) write_state<kN>(h, p.final.h, of.slot, t, int(p.dstate), area);
+        if (kMamba3) write_parts(p, of.row, of.seq_end - 1, t, p.final, of.slot, next_carry);
       }
       return;
     }
