@@ -15,10 +15,10 @@ ssmk_status run_plan(const SsdChunkProblem &p, MmaPlan plan, const Call &call) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.at.total);
   if (error != cudaSuccess) return device_error(call, "preparing a kernel on", error);
-  const int64_t blocks = plan.slots * plan.blocks_per_group * p.ngroups;
+  const int64_t blocks = plan.slots * p.nheads * plan.slices;
   const auto walk = [&](bool states_only) {
     plan.states_only = states_only;
-    return launch(call, kernel, unsigned(blocks), plan.heads * kTeam, size_t(plan.at.total), p,
+    return launch(call, kernel, unsigned(blocks), kTeam, size_t(plan.at.total), p,
                   plan);
   };
   if (plan.prepared) {
@@ -50,20 +50,20 @@ ssmk_status run_states(const SsdChunkProblem &p, const MmaPlan &plan, const Call
 
 const char *refuses(const SsdChunkProblem &p, int capability) {
   if (const char *const why = mma_refuses(p, capability)) return why;
-  const MmaPlan plan = mma_plan(p, 1);
+  const MmaPlan plan = mma_plan(p);
   const int64_t most = kMostGrid / (p.nheads * plan.slices);  // of sequences and of their segments
   return plan.slots > most ? "too many sequences" : nullptr;
 }
 
 ssmk_status run(const SsdChunkProblem &p, const Call &call) {
-  const MmaPlan plan = mma_plan(p, 1);
+  const MmaPlan plan = mma_plan(p);
   return p.x.dtype == DType::kBF16 ? run_states<__nv_bfloat16>(p, plan, call)
                                    : run_states<__half>(p, plan, call);
 }
 
 uint64_t workspace(const SsdChunkProblem &p) {
   if (mma_refuses_sizes(p)) return 0;
-  MmaPlan plan = mma_plan(p, 1);
+  MmaPlan plan = mma_plan(p);
   return mma_workspace(p, &plan);
 }
 

@@ -2,17 +2,17 @@
 // Prefill of Mamba-2 and Mamba-3 on tensor cores: the plan, the tiles, and how they are filled.
 //
 // With the formulas of the specification's prefill form (cpu/ssd_chunk_head.h has them): a chunk is
-// 64 rows, row t * rank + r being rank r of token t.  Four warps own a slice of up to 64 channels
-// of a head.  They keep its state h in float32 in the registers of a product's sums, warp w the
-// channels 16 w .. 16 w + 15, and walk the chunks:
+// 64 rows, row t * rank + r being rank r of token t.  A block owns a slice of up to 64 channels of a
+// head and walks the chunks with its state h in float32 in the registers of a product's sums.  Of
+// its eight warps, four have the channels 16 w .. 16 w + 15 and the first half of the states, four
+// the second half:
 //
-//     S = Q K^T             16 rows a warp, then weighed, rounded and shared as M
-//     Y^T = h Q^T           h from the registers, rounded
-//     Y^T = e Y^T + U^T M^T
+//     S = Q K^T             16 rows by 32 a warp; weighed, rounded and shared as M
+//     Y^T = h Q^T           h from the registers, rounded: a sum over the warp's half of the states
+//     Y^T = e Y^T + U^T M^T the two sums joined, and from there half of the rows a warp
 //     h = exp(cs_end) h + (w U)^T K
 //
-// Heads of a block share what they read of B and C.  Factors are rounded to the inputs' type before
-// a product, sums are float32.
+// Factors are rounded to the inputs' type before a product, sums are float32.
 #pragma once
 
 #include "core/problem.h"
@@ -23,26 +23,22 @@ namespace ssmk::cuda {
 
 constexpr int kRows = 64;      // of a chunk
 constexpr int kSlice = 64;     // channels of a head
-constexpr int kTeam = 128;     // threads of a head
+constexpr int kTeam = 256;     // threads of a block
 constexpr int kSliceBytes = kSlice * 2;
+constexpr int kSumsBytes = kSlice * kRows * 4;   // of half of the states
 constexpr int kTileBytes = kRows * kSliceBytes;  // 64 rows of a slice, or of M
 
 extern __shared__ __align__(1024) char mma_shared[];
 
-// Where a block keeps what, in bytes of its shared memory.
+// Where a block keeps in its shared memory what has no size known when compiling: bytes from the
+// beginning.  The rest has its place in MmaPlaces.
 struct MmaShared {
-  int raw = 0;          // a stage of B and of C, from 0
-  int stages = 1;       // of them
-  int head = 0, teams;  // what a team has for itself: its bytes, and where the first begins
-  // within a team's
-  int keys = 0, queries = 0, x = 0, u = 0, z = 0, out = 0, weights = 0, turns = 0, angles = 0;
-  int rows = 0, dt = 0, facts = 0, D = 0, norm = 0, carry = 0, totals = 0, bias = 0, mimo = 0, squares = 0, last = 0;
+  int angles = 0, carry = 0, bias = 0, mimo = 0, u = 0, out = 0, sums = 0;
   int total = 0;
 };
 
 struct MmaPlan {
-  int heads = 1, slices = 1;   // heads of a block, slices of a head
-  int blocks_per_group = 1;    // of heads and slices
+  int slices = 1;              // of a head
   int tokens = kRows;          // of a chunk
   int log_rank = 0;
   int64_t slots = 0;           // sequences, or segments of them
@@ -53,6 +49,9 @@ struct MmaPlan {
   float *decays = nullptr;     // of slots and heads: log2
   uint32_t *turns = nullptr;   // of slots, heads and angles
   MmaShared at;
+  // Strides in bytes, of tokens and of ranks.
+  int64_t B_token = 0, B_rank = 0, C_token = 0, C_rank = 0, x_token = 0, z_token = 0;
+  int64_t angles_token = 0, out_token = 0, out_rank = 0;
 };
 
 // Rows of the inputs that a token has, and so on: what is the same for all threads of a block.
@@ -117,6 +116,51 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   return local == 0 || (local > 0 && local * plan.segment < size);
 }
 
+// The slice of a head that a block has: its first channel, and how many.
+struct MmaSlice {
+  int head, group, slice, channel, channels;
+};
+
+// What a block looks up from time to time: in shared memory, to leave the registers to the
+// products.
+struct BlockFacts {
+  const char *B, *C, *x, *z, *angles;  // of token 0
+  char *out;
+  double A;
+  float bias;  // of dt
+  MmaSlice slice;
+  MmaSpan span;
+};
+
+// What is known of the rows of a chunk.
+struct RowArrays {
+  float sum[kRows];     // of the log2 decays, up to and with it
+  float later[kRows];   // its weight for later tokens
+  float same[kRows];    // for its own
+  float decay[kRows];   // exp2(sum)
+  float ending[kRows];  // its weight in the state after the chunk
+  float dt[kRows];      // of tokens
+  float last[4];        // exp2 of the whole sum; what the next token adds
+};
+
+constexpr int kAreaStride = 17, kAreaFloats = 16 * kAreaStride;  // see read_state()
+
+template <int kN, bool kMamba3>
+struct MmaPlaces {
+  RowArrays rows[2];
+  BlockFacts facts;
+  int found;
+  float D[kSlice], norm[kSlice], squares[4 * kRows];
+  uint32_t totals[2 * kTeam];
+  // Of B and of C, in stages; for Mamba-3 keys and queries.
+  alignas(1024) char raw[kMamba3 ? 1 : 2][2][kRows * kN * 2];
+  alignas(128) char keys[kMamba3 ? 2 : 1][kMamba3 ? kRows * kN * 2 : 128];
+  alignas(128) char x[kTileBytes];
+  alignas(128) char z[kTileBytes];
+  // M; or states on their way; or, from here on, turns.
+  alignas(128) char weights[kTeam / 32 * kAreaFloats * 4];
+};
+
 // Byte of 16-byte piece `piece` of a row, for rows of `bytes`: pieces are mixed so that a column of
 // eight rows meets all banks.
 __device__ __forceinline__ uint32_t piece_at(int row, int piece, int bytes) {
@@ -127,21 +171,23 @@ __device__ __forceinline__ uint32_t word_at(int row, int column, int bytes) {
   return piece_at(row, column >> 3, bytes) + ((column & 7) << 1);
 }
 
-// Brings `rows` rows of pieces to a tile of kTo rows, the others are zeros.  `from`: the first row;
-// row i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a tile's kPieces are
-// there.
-template <int kPieces>
+// Brings `rows` rows of pieces to a tile of `to_rows`, the others are zeros; it has kTo at most.  `from`: the first row; row
+// i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a tile's kPieces are there.
+template <int kPieces, int kTo>
 __device__ __forceinline__ void bring_rows(uint32_t to, const char *from, int64_t token,
                                            int64_t rank, int log_rank, int rows, int to_rows,
-                                           int pieces, int thread, int threads) {
-  const int piece = thread % kPieces;
-  const int mask = (1 << log_rank) - 1;
-  from += piece * 16;
-#pragma unroll 1
-  for (int row = thread / kPieces; row < to_rows; row += threads / kPieces) {
-    const bool there = row < rows && piece < pieces;
-    const char *const at = from + int64_t(row >> log_rank) * token + int64_t(row & mask) * rank;
-    copy_ahead_if(there, to + piece_at(row, piece, kPieces * 16), there ? at : nullptr);
+                                           int pieces, int thread) {
+  constexpr int kStep = kTeam / kPieces;  // rows: a multiple of 8, and of all ranks
+  const int piece = thread % kPieces, first = thread / kPieces;
+  from += (first >> log_rank) * token + (first & ((1 << log_rank) - 1)) * rank + piece * 16;
+  to += piece_at(first, piece, kPieces * 16);
+  const int64_t step = (kStep >> log_rank) * token;
+  if (piece >= pieces) rows = 0;
+#pragma unroll
+  for (int i = 0; i * kStep < kTo; ++i) {
+    if (first + i * kStep < to_rows)
+      copy_ahead_if(first + i * kStep < rows, to + i * kStep * kPieces * 16, from);
+    from += step;
   }
 }
 

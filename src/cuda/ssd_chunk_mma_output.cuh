@@ -7,8 +7,8 @@
 namespace ssmk::cuda {
 
 // A later token that is not finite must not reach earlier ones through the zeros of M.  Where the
-// values of a channel are not all finite, those that are not stay out of the product, and what may
-// see them is NaN.  from[i]: the first such row of channel i.
+// values of a channel are not all finite, those that are not stay out of the product.  from[i]: the
+// first such row of channel i.
 struct NotFinite {
   int from[2];
 };
@@ -43,52 +43,67 @@ __device__ __forceinline__ NotFinite set_apart(MmaValues &u, int lane) {
 
 template <class T>
 __device__ __forceinline__ bool all_finite(const MmaValues &u) {
-  bool finite = true;
+  // An exponent of all ones and one more is the sign.
+  constexpr uint32_t kExponents = dtype_for<T> == DType::kBF16 ? 0x7f807f80u : 0x7c007c00u;
+  constexpr uint32_t kOnes = kExponents & ~(kExponents << 1) & 0x0fff0fffu;
+  uint32_t found = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) finite &= is_finite<T>(u.v[j][k]);
-  return finite;
+    for (int k = 0; k < 4; ++k) found |= (u.v[j][k] & kExponents) + kOnes;
+  return !(found & 0x80008000u);
 }
 
-// y += D u.  Tile 2 j + half of Y^T and fragment j of U^T stand alike.
-template <class T>
-__device__ __forceinline__ void add_skip(MmaTile &y, const MmaValues &u, const float *by,
-                                         const MmaThread &t) {
-  const float D[2] = {by[t.warp * 16 + (t.lane >> 2)], by[t.warp * 16 + 8 + (t.lane >> 2)]};
+// What may see a value that is not finite is NaN.
+__device__ __forceinline__ void forbid(MmaHalf &y, const NotFinite &found, const MmaLane &t) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (t.half * 32 + i * 8 + 2 * (t.lane & 3) + (k & 1) >= found.from[k >> 1])
+        y.v[i][k] = __int_as_float(0x7fffffff);
+}
+
+// y += D u.  Tiles of Y^T and fragments of U^T stand alike.
+template <class T>
+__device__ __forceinline__ void add_skip(MmaHalf &y, const MmaValues &u, const float *by,
+                                         const MmaLane &t) {
+  const float D[2] = {by[t.own()], by[t.own() + 8]};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float2 v = unpack_two<T>(u.v[i >> 1][(i & 1) * 2 + k]);
+      const uint32_t word = t.half ? u.v[2 + (i >> 1)][(i & 1) * 2 + k] : u.v[i >> 1][(i & 1) * 2 + k];
+      const float2 v = unpack_two<T>(word);
       y.v[i][2 * k] = fmaf(D[k], v.x, y.v[i][2 * k]);
       y.v[i][2 * k + 1] = fmaf(D[k], v.y, y.v[i][2 * k + 1]);
     }
 }
 
 // y *= weight / sqrt(mean y^2 + eps), the mean over all the head's channels.
-__device__ __forceinline__ void normalise(MmaTile &y, const float *by, float eps, float *squares,
+__device__ __forceinline__ void normalise(MmaHalf &y, const float *by, float eps, float *squares,
                                           const MmaThread &t) {
-  const float weight[2] = {by[t.warp * 16 + (t.lane >> 2)], by[t.warp * 16 + 8 + (t.lane >> 2)]};
-  const int q = t.lane & 3;
+  const float weight[2] = {by[t.own()], by[t.own() + 8]};
+  const int first = t.half * 32 + 2 * (t.lane & 3);
+  const float mean = __fdividef(1.0f, float(t.channels));
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       float sum = t.has(0) ? y.v[i][k] * y.v[i][k] : 0.0f;
       if (t.has(2)) sum = fmaf(y.v[i][2 + k], y.v[i][2 + k], sum);
 #pragma unroll
       for (int off = 4; off < 32; off *= 2) sum += __shfl_xor_sync(~0u, sum, off);
-      if (t.lane < 4) squares[t.warp * kRows + i * 8 + 2 * q + k] = sum;
+      if (t.lane < 4) squares[t.pair * kRows + first + i * 8 + k] = sum;
     }
-  meet(t.team);
+  __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float *const of = squares + i * 8 + 2 * q + k;
+      const float *const of = squares + first + i * 8 + k;
       const float sum = (of[0] + of[kRows]) + (of[2 * kRows] + of[3 * kRows]);
-      const float scale = 1.0f / sqrtf(sum / float(t.channels) + eps);
+      const float scale = rsqrtf(fmaf(sum, mean, eps));
       y.v[i][k] *= scale * weight[0];
       y.v[i][2 + k] *= scale * weight[1];
     }
@@ -97,54 +112,51 @@ __device__ __forceinline__ void normalise(MmaTile &y, const float *by, float eps
 // Rank 1: gated, rounded and, turned round, to the tile `out`; the gates are in `z`, which may be
 // the same tile: a warp reads and writes its own channels.
 template <class T>
-__device__ __forceinline__ void gate_rows(const MmaTile &y, bool gated, uint32_t z, uint32_t out,
-                                          int warp, int lane) {
-  const uint32_t row = ((lane & 7) + ((lane >> 4) << 3)) * kSliceBytes;
-  const int mix = ((((lane >> 3) & 1) + 2 * warp) ^ (lane & 7)) << 4;
-  uint32_t words[4][4];
+__device__ __forceinline__ void gate_rows(const MmaHalf &y, bool gated, uint32_t z, uint32_t out,
+                                          int pair, int half, int lane) {
+  const uint32_t row = (half * 32 + (lane & 7) + ((lane >> 4) << 3)) * kSliceBytes;
+  const int mix = ((((lane >> 3) & 1) + 2 * pair) ^ (lane & 7)) << 4;
+  uint32_t words[2][4];
   if (gated) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) load_transposed(words[j], z + row + j * 16 * kSliceBytes + mix);
+    for (int j = 0; j < 2; ++j) load_transposed(words[j], z + row + j * 16 * kSliceBytes + mix);
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        float2 v = {y.v[2 * j + half][2 * k], y.v[2 * j + half][2 * k + 1]};
-        if (gated) {
-          const float2 gate = unpack_two<T>(words[j][half * 2 + k]);
-          v.x *= silu(gate.x), v.y *= silu(gate.y);
-        }
-        // Turned round: rows lane / 4, two neighbouring channels.
-        words[j][half * 2 + k] = transposed(pack_two<T>(v.x, v.y));
+    for (int i = 0; i < 4; ++i) {
+      const float(&tile)[4] = y.v[2 * j + (i >> 1)];
+      float2 v = {tile[2 * (i & 1)], tile[2 * (i & 1) + 1]};
+      if (gated) {
+        const float2 gate = unpack_two<T>(words[j][i]);
+        v.x *= silu(gate.x), v.y *= silu(gate.y);
       }
+      // Turned round: rows lane / 4, two neighbouring channels.
+      words[j][i] = transposed(pack_two<T>(v.x, v.y));
+    }
   __syncwarp();
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < 2; ++j)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        store_word(out + word_at(j * 16 + half * 8 + (lane >> 2),
-                                 warp * 16 + k * 8 + 2 * (lane & 3), kSliceBytes),
-                   words[j][half * 2 + k]);
+    for (int i = 0; i < 4; ++i)
+      store_word(out + word_at(half * 32 + j * 16 + (i >> 1) * 8 + (lane >> 2),
+                               pair * 16 + (i & 1) * 8 + 2 * (lane & 3), kSliceBytes),
+                 words[j][i]);
 }
 
 // Any rank: gates of tokens, zeta and phi of (rank, channel).  With `sum` the rows of `out` are
 // tokens.
 template <class T>
-__device__ __forceinline__ void gate_ranks(MmaTile &y, bool gated, uint32_t z, uint32_t out,
+__device__ __forceinline__ void gate_ranks(MmaHalf &y, bool gated, uint32_t z, uint32_t out,
                                            const float *zeta, const float *phi, bool sum,
-                                           int log_rank, int warp, int lane) {
+                                           int log_rank, int pair, int half, int lane) {
   const int g = lane >> 2, q = lane & 3, mask = (1 << log_rank) - 1;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int row = i * 8 + 2 * q;
+  for (int i = 0; i < 4; ++i) {
+    const int row = half * 32 + i * 8 + 2 * q;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int c = warp * 16 + g + (k < 2 ? 0 : 8), rank = (row + (k & 1)) & mask;
+      const int c = pair * 16 + g + (k < 2 ? 0 : 8), rank = (row + (k & 1)) & mask;
       float v = y.v[i][k];
       if (gated) {
         const int t = (row + (k & 1)) >> log_rank;
@@ -157,7 +169,7 @@ __device__ __forceinline__ void gate_ranks(MmaTile &y, bool gated, uint32_t z, u
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float low = y.v[i][2 * k], high = y.v[i][2 * k + 1];
-      const int c = warp * 16 + g + 8 * k;
+      const int c = pair * 16 + g + 8 * k;
       const auto put = [&](int at, float v) {
         store_half(out + word_at(at, c & ~1, kSliceBytes) + (c & 1) * 2, pack_two<T>(v, 0.0f));
       };
@@ -178,15 +190,18 @@ __device__ __forceinline__ void gate_ranks(MmaTile &y, bool gated, uint32_t z, u
 // The tile's first `rows` rows to memory; addresses as in bring_rows().
 __device__ __forceinline__ void store_rows(uint32_t tile, char *to, int64_t token, int64_t rank,
                                            int log_rank, int rows, int pieces, int thread) {
-  const int piece = thread & 7, mask = (1 << log_rank) - 1;
-  if (piece >= pieces) return;
-  to += piece * 16;
-#pragma unroll 1
-  for (int row = thread >> 3; row < rows; row += kTeam / 8) {
-    const uint4 v = load_four_words(tile + piece_at(row, piece, kSliceBytes));
-    *reinterpret_cast<uint4 *>(to + int64_t(row >> log_rank) * token + int64_t(row & mask) * rank) =
-        v;
-  }
+  constexpr int kStep = kTeam / 8;
+  const int piece = thread & 7, first = thread >> 3;
+  to += (first >> log_rank) * token + (first & ((1 << log_rank) - 1)) * rank + piece * 16;
+  const int64_t step = (kStep >> log_rank) * token;
+  uint4 v[kRows / kStep];
+#pragma unroll
+  for (int i = 0; i < kRows / kStep; ++i)
+    v[i] = load_four_words(tile + piece_at(first, piece, kSliceBytes) + i * kStep * kSliceBytes);
+#pragma unroll
+  for (int i = 0; i < kRows / kStep; ++i)
+    if (first + i * kStep < rows && piece < pieces)
+      *reinterpret_cast<uint4 *>(to + i * step) = v[i];
 }
 
 }  // namespace ssmk::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 
 #include "cuda/ssd_chunk_mma_prepare.cuh"
 
@@ -21,49 +22,40 @@ inline int log2_of(int64_t n) {
   return log;
 }
 
-inline MmaShared mma_shared_for(const SsdChunkProblem &p, int teams, int tokens) {
+template <int kN>
+inline MmaShared mma_places(const SsdChunkProblem &p, int tokens) {
+  using With = MmaPlaces<kN, true>;
+  using Without = MmaPlaces<kN, false>;
   MmaShared at;
-  const int states = mma_states(p.dstate), rank = int(p.mamba3.rank);
-  const int nangles = int(p.mamba3.nangles);
-  const bool mamba3 = mma_is_mamba3(p);
   const Mamba3 &m = p.mamba3;
-  int used = 0;
+  const int rank = int(m.rank), nangles = int(m.nangles);
+  const bool mamba3 = mma_is_mamba3(p);
+  // Turns may go beyond the end of the weights, in whose place they are.
+  const int turns = int(mamba3 ? offsetof(With, weights)
+                               : offsetof(Without, weights)) +
+                    tokens * nangles * 4;
+  int used = int(mamba3 ? sizeof(With) : sizeof(Without));
+  used = std::max(used, turns);
   const auto take = [&](int bytes) {
-    const int from = used;
-    used += (bytes + 127) / 128 * 128;
+    const int from = (used + 127) / 128 * 128;
+    used = from + bytes;
     return from;
   };
-  const int tile = kRows * states * 2;
-  at.raw = 2 * tile;
-  at.stages = mamba3 ? 1 : 2;
-  at.teams = at.raw * at.stages;
-  if (mamba3) {
-    at.keys = take(tile);
-    at.queries = take(tile);
-  }
-  const bool mimo = rank > 1 || m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given();
-  at.x = take(tokens * kSliceBytes);
-  at.u = mimo ? take(kTileBytes) : at.x;
-  at.z = take(tokens * kSliceBytes);
-  at.out = rank > 1 ? take(kTileBytes) : at.z;
-  // Angles are done with when the weights are written.
-  at.weights = at.turns =
-      take(std::max(std::max(kTileBytes, 4 * kAreaFloats * 4), tokens * nangles * 4));
   at.angles = take(tokens * nangles * (p.angles.given() ? int(size_of(p.angles.dtype)) : 0));
-  at.rows = take(5 * kRows * 4);
-  at.dt = take(kRows * 4);
-  at.facts = take(sizeof(TeamFacts));
-  at.D = take(kSlice * 4);
-  at.norm = take(kSlice * 4);
   at.carry = take(2 * nangles * 4);
-  at.totals = take(1024);
-  at.bias = take(mamba3 ? 2 * rank * states * 4 : 0);
+  at.bias = take(mamba3 ? 2 * rank * kN * 4 : 0);
+  // Sums of halves stand where the queries are no longer needed, if there is room.
+  at.sums = kN < 128 ? take(kSumsBytes) : 0;
+  const bool mimo = rank > 1 || m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given();
   at.mimo = mimo ? take(3 * rank * kSlice * 4) : 0;
-  at.squares = take(m.norm_weight.given() ? 4 * kRows * 4 : 0);
-  at.last = take(16);
-  at.head = used;
-  at.total = at.teams + teams * at.head + 128;  // the last word: the next capture
+  at.u = mimo ? take(kTileBytes) : 0;
+  at.out = rank > 1 ? take(kTileBytes) : 0;
+  at.total = used;
   return at;
+}
+
+inline MmaShared mma_shared_for(const SsdChunkProblem &p, int tokens) {
+  return mma_states(p.dstate) == 64 ? mma_places<64>(p, tokens) : mma_places<128>(p, tokens);
 }
 
 // 16 bytes at a time.
@@ -112,37 +104,34 @@ inline const char *mma_refuses(const SsdChunkProblem &p, int capability) {
   if (!mma_packs(p.x, 3) || !mma_packs(p.z, 3) || !mma_packs(p.out, 4) || !mma_packs(p.B, 4) ||
       !mma_packs(p.C, 4) || (p.mamba3.nangles > 0 && !mma_packs(p.angles, 3)))
     return "rows that are not packed in 16 bytes";
-  if (mma_shared_for(p, 1, kRows >> log2_of(p.mamba3.rank)).total > mma_shared_limit(capability))
+  if (mma_shared_for(p, kRows >> log2_of(p.mamba3.rank)).total > mma_shared_limit(capability))
     return "too little shared memory";
   return nullptr;
 }
 
-// Teams that a large GPU has under way at once.  A number for all GPUs: the cut, and with it the
+// Blocks that a large GPU has under way at once.  A number for all GPUs: the cut, and with it the
 // bits, do not depend on the device.
-constexpr int64_t kTeamsAtOnce = 264;
+constexpr int64_t kBlocksAtOnce = 264;
 
 // Tokens of a segment; 0: sequences stay whole.
 inline int64_t mma_segment(const SsdChunkProblem &p, int slices, int tokens) {
   const bool packed = p.seqs.cu_seqlens.given();
   if (p.batch_invariant && packed) return 16 * tokens;
   const int64_t sequences = p.batch_invariant ? 1 : p.seqs.nseq;
-  const int64_t teams = p.nheads * slices;  // of a sequence
-  if (sequences == 0 || teams * sequences * 4 > kTeamsAtOnce * 3) return 0;
+  const int64_t blocks = p.nheads * slices;  // of a sequence
+  if (sequences == 0 || blocks * sequences * 4 > kBlocksAtOnce * 3) return 0;
   const int64_t all = packed ? p.seqlen : p.seqlen * sequences;
-  const int64_t wanted = kTeamsAtOnce / teams;  // segments, of all sequences
+  const int64_t wanted = kBlocksAtOnce / blocks;  // segments, of all sequences
   const int64_t chunks = ((all + wanted - 1) / wanted + tokens - 1) / tokens;
   const int64_t segment = std::max<int64_t>(chunks, 2) * tokens;
   return segment < p.seqlen ? segment : 0;
 }
 
 // `segment`: below 0 to be chosen.
-inline MmaPlan mma_plan(const SsdChunkProblem &p, int teams, int64_t segment = -1) {
+inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
   MmaPlan plan;
   const Mamba3 &m = p.mamba3;
-  const int64_t per_group = p.nheads / p.ngroups;
   plan.slices = int((p.headdim + kSlice - 1) / kSlice);
-  plan.heads = teams;
-  plan.blocks_per_group = int((per_group * plan.slices + teams - 1) / teams);
   plan.log_rank = log2_of(m.rank);
   plan.tokens = kRows >> plan.log_rank;
   plan.segment = segment < 0 ? mma_segment(p, plan.slices, plan.tokens) : segment;
@@ -157,7 +146,12 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int teams, int64_t segment = -
     plan.slots = p.seqs.cu_seqlens.given()
                      ? p.seqlen / plan.segment + p.seqs.nseq
                      : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
-  plan.at = mma_shared_for(p, teams, plan.tokens);
+  plan.at = mma_shared_for(p, plan.tokens);
+  plan.B_token = p.B.stride[1] * 2, plan.B_rank = p.B.stride[2] * 2;
+  plan.C_token = p.C.stride[1] * 2, plan.C_rank = p.C.stride[2] * 2;
+  plan.x_token = p.x.stride[1] * 2, plan.z_token = p.z.stride[1] * 2;
+  plan.out_token = p.out.stride[1] * 2, plan.out_rank = p.out.stride[2] * 2;
+  if (p.angles.given()) plan.angles_token = p.angles.stride[1] * size_of(p.angles.dtype);
   return plan;
 }
 

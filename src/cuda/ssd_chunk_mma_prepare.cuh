@@ -10,8 +10,7 @@ namespace ssmk::cuda {
 // Log decays below are 0 in float32, and cut off there, so that sums stay finite.
 constexpr double kLogDecayLimit = 200.0;
 
-// The inputs of tokens 2 l and 2 l + 1 of a chunk and of the next one, as bits: lane l of a team's
-// first warp reads them while the chunk before is computed.
+// The inputs of tokens 2 l and 2 l + 1 of a chunk and of the next one, as bits, in lane l.
 struct TokenBits {
   uint32_t dt[3], adt[2], trap[3];
 };
@@ -30,15 +29,6 @@ __device__ __forceinline__ void read_tokens(TokenBits &b, const SsdChunkProblem 
   }
 }
 
-// What a team looks up from time to time: in shared memory, to leave the registers to the products.
-struct TeamFacts {
-  const char *B, *C, *x, *z, *angles;  // of token 0
-  char *out;
-  double A;
-  float bias;  // of dt
-  MmaSpan span;
-};
-
 __device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
   if (f.softplus) dt = dt > 20.0f ? dt : softplus(dt);
   if (f.clamp) dt = dt < f.lo ? f.lo : dt > f.hi ? f.hi : dt;
@@ -54,17 +44,11 @@ __device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t r
   return (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap)) * dt;
 }
 
-struct TokenArrays {
-  float *sum, *later, *same, *decay, *ending;  // of rows: see RowArrays
-  float *dt;                                   // of tokens
-  float *last;                                 // exp2 of the whole sum; what the next token adds
-};
-
-// By the first warp.  `tokens`: of this chunk; `follows`: another token of the sequence comes next.
+// By one warp.  `tokens`: of this chunk; `follows`: another token of the sequence comes next.
 // `carried`: it adds its share to the weight of the last one, else that is left apart.  Returns the
 // sum of the log2 decays.
-__device__ __forceinline__ double prepare_rows(const TokenArrays &to, const TokenBits &b,
-                                               const SsdChunkProblem &p, const TeamFacts &head,
+__device__ __forceinline__ double prepare_rows(RowArrays &to, const TokenBits &b,
+                                               const SsdChunkProblem &p, const BlockFacts &head,
                                                int tokens, bool follows, bool carried,
                                                int chunk_tokens, int log_rank, int lane) {
   const Mamba3 &m = p.mamba3;
@@ -129,7 +113,7 @@ __device__ __forceinline__ double prepare_rows(const TokenArrays &to, const Toke
 
 // ---- Mamba-3
 
-// How the pairs of angles of a chunk's tokens are dealt to a team: a thread has one pair and some
+// How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some
 // tokens in a row.
 struct TurnCut {
   int pairs, slots, groups, each;  // slots: pairs, rounded up to a power of two
@@ -221,12 +205,16 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
   constexpr int kBytes = kN * 2;
   const int pair = thread & (cut.slots - 1), group = thread / cut.slots;
   if (pair >= cut.pairs || group >= cut.groups) return;
-  uint2 base = {carry[2 * pair], carry[2 * pair + 1]};
-#pragma unroll 1
+  uint2 base = *reinterpret_cast<const uint2 *>(carry + 2 * pair);
+  uint2 bad = base;
+  base.x &= ~1u, base.y &= ~1u;
+#pragma unroll 4
   for (int i = 0; i < group; ++i) {
-    base.x = add_turns(base.x, totals[i * nangles + 2 * pair]);
-    base.y = add_turns(base.y, totals[i * nangles + 2 * pair + 1]);
+    const uint2 v = *reinterpret_cast<const uint2 *>(totals + i * nangles + 2 * pair);
+    base.x += v.x & ~1u, base.y += v.y & ~1u;
+    bad.x |= v.x, bad.y |= v.y;
   }
+  base.x |= bad.x & 1u, base.y |= bad.y & 1u;
   if (group == cut.groups - 1) {
     next_carry[2 * pair] = add_turns(base.x, totals[group * nangles + 2 * pair]);
     next_carry[2 * pair + 1] = add_turns(base.y, totals[group * nangles + 2 * pair + 1]);

@@ -90,9 +90,9 @@ __device__ __forceinline__ void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// The 128 threads of a head meet.
-__device__ __forceinline__ void meet(int head) {
-  asm volatile("bar.sync %0, 128;" ::"r"(head + 1) : "memory");
+// The two warps of the same channels meet.
+__device__ __forceinline__ void meet_other_half(int pair) {
+  asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
 }
 
 // Two values as a word.

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(256)
   const int64_t index = first_slot(p, plan, seq);
   if (!span_of(p, plan, index, &s) || s.pad) return;
   const int lane = thread & 31;
-  const int c[2] = {slice * kSlice + thread / 32 * 16 + (lane >> 2), c[0] + 8};
-  const int n = tile * 8 + 2 * (lane & 3);
+  const int c[2] = {slice * kSlice + thread / 32 % 4 * 16 + (lane >> 2), c[0] + 8};
+  const int n = thread / 128 * (kN / 2) + tile * 8 + 2 * (lane & 3);
   float h[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(256)
   const int64_t segments = s.seq_end - s.seq_begin > plan.segment
                                ? (s.seq_end - s.seq_begin + plan.segment - 1) / plan.segment
                                : 1;
-  const int64_t step = p.nheads * plan.slices * (kN / 8 * kTeam);
+  const int64_t step = p.nheads * plan.slices * (kN / 16 * kTeam);
   float4 *at = reinterpret_cast<float4 *>(plan.states) +
-               ((index * p.nheads + head) * plan.slices + slice) * (kN / 8 * kTeam) + part;
+               ((index * p.nheads + head) * plan.slices + slice) * (kN / 16 * kTeam) + part;
   const float *decay = plan.decays + index * p.nheads + head;
   constexpr int kAhead = 4;
   for (int64_t i = 0; i < segments; i += kAhead) {
