@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kMostGrid = 0x7fffffff;
 
-template <class T, int kN, bool kMamba3>
+template <class T, int kN, int kKind>
 ssmk_status run_plan(const SsdChunkProblem &p, MmaPlan plan, const Call &call) {
-  const auto kernel = ssd_mma<T, kN, kMamba3>;
+  const auto kernel = ssd_mma<T, kN, kKind>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.at.total);
   if (error != cudaSuccess) return device_error(call, "preparing a kernel on", error);
@@ -38,8 +38,11 @@ ssmk_status run_plan(const SsdChunkProblem &p, MmaPlan plan, const Call &call) {
 
 template <class T, int kN>
 ssmk_status run_kind(const SsdChunkProblem &p, const MmaPlan &plan, const Call &call) {
-  return mma_is_mamba3(p) ? run_plan<T, kN, true>(p, plan, call)
-                          : run_plan<T, kN, false>(p, plan, call);
+  switch (mma_kind(p)) {
+    case kMamba2: return run_plan<T, kN, kMamba2>(p, plan, call);
+    case kSiso: return run_plan<T, kN, kSiso>(p, plan, call);
+    default: return run_plan<T, kN, kMimo>(p, plan, call);
+  }
 }
 
 template <class T>

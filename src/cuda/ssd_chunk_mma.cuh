@@ -37,6 +37,16 @@ struct MmaShared {
   int total = 0;
 };
 
+// How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some tokens in
+// a row.
+struct TurnCut {
+  int log_slots = 0, groups = 1, each = 1;  // slots: pairs, rounded up to a power of two
+};
+
+// Kinds of calls: without keys of a head's own, with them, and with more than one rank or weights of
+// ranks.
+constexpr int kMamba2 = 0, kSiso = 1, kMimo = 2;
+
 struct MmaPlan {
   int slices = 1;              // of a head
   int tokens = kRows;          // of a chunk
@@ -48,6 +58,7 @@ struct MmaPlan {
   float *states = nullptr;     // of slots, heads and slices: fragments of h
   float *decays = nullptr;     // of slots and heads: log2
   uint32_t *turns = nullptr;   // of slots, heads and angles
+  TurnCut turn_cut;
   MmaShared at;
   // Strides in bytes, of tokens and of ranks.
   int64_t B_token = 0, B_rank = 0, C_token = 0, C_rank = 0, x_token = 0, z_token = 0;
@@ -145,11 +156,14 @@ struct RowArrays {
 
 constexpr int kAreaStride = 17, kAreaFloats = 16 * kAreaStride;  // see read_state()
 
-template <int kN, bool kMamba3>
+template <int kN, int kKind>
 struct MmaPlaces {
+  static constexpr bool kMamba3 = kKind != kMamba2;
+
   RowArrays rows[2];
   BlockFacts facts;
   int found;
+  float decays;  // of the segment so far
   float D[kSlice], norm[kSlice], squares[4 * kRows];
   uint32_t totals[2 * kTeam];
   // Of B and of C, in stages; for Mamba-3 keys and queries.

@@ -43,15 +43,12 @@ __device__ __forceinline__ NotFinite set_apart(MmaValues &u, int lane) {
 
 template <class T>
 __device__ __forceinline__ bool all_finite(const MmaValues &u) {
-  // An exponent of all ones and one more is the sign.
-  constexpr uint32_t kExponents = dtype_for<T> == DType::kBF16 ? 0x7f807f80u : 0x7c007c00u;
-  constexpr uint32_t kOnes = kExponents & ~(kExponents << 1) & 0x0fff0fffu;
-  uint32_t found = 0;
+  uint32_t sum = 0;  // of zeros
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) found |= (u.v[j][k] & kExponents) + kOnes;
-  return !(found & 0x80008000u);
+    for (int k = 0; k < 4; ++k) sum = add_nothing<T>(u.v[j][k], sum);
+  return is_finite<T>(sum);
 }
 
 // What may see a value that is not finite is NaN.
@@ -128,8 +125,8 @@ __device__ __forceinline__ void gate_rows(const MmaHalf &y, bool gated, uint32_t
       const float(&tile)[4] = y.v[2 * j + (i >> 1)];
       float2 v = {tile[2 * (i & 1)], tile[2 * (i & 1) + 1]};
       if (gated) {
-        const float2 gate = unpack_two<T>(words[j][i]);
-        v.x *= silu(gate.x), v.y *= silu(gate.y);
+        const float2 by = unpack_two<T>(words[j][i]);
+        v.x *= gate(by.x), v.y *= gate(by.y);
       }
       // Turned round: rows lane / 4, two neighbouring channels.
       words[j][i] = transposed(pack_two<T>(v.x, v.y));
@@ -162,7 +159,7 @@ __device__ __forceinline__ void gate_ranks(MmaHalf &y, bool gated, uint32_t z, u
         const int t = (row + (k & 1)) >> log_rank;
         const uint32_t word = load_word(z + (word_at(t, c & ~1, kSliceBytes)));
         const float2 f = unpack_two<T>(word);
-        v *= silu((c & 1 ? f.y : f.x) * zeta[rank * kSlice + c]);
+        v *= gate((c & 1 ? f.y : f.x) * zeta[rank * kSlice + c]);
       }
       y.v[i][k] = sum ? v * phi[rank * kSlice + c] : v;
     }

@@ -16,6 +16,15 @@ inline bool mma_is_mamba3(const SsdChunkProblem &p) {
   return p.mamba3.any() || p.trap.given() || p.angles.given();
 }
 
+inline bool mma_has_mimo(const SsdChunkProblem &p) {
+  const Mamba3 &m = p.mamba3;
+  return m.rank > 1 || m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given();
+}
+
+inline int mma_kind(const SsdChunkProblem &p) {
+  return mma_has_mimo(p) ? kMimo : mma_is_mamba3(p) ? kSiso : kMamba2;
+}
+
 inline int log2_of(int64_t n) {
   int log = 0;
   while (int64_t(1) << log < n) ++log;
@@ -24,8 +33,8 @@ inline int log2_of(int64_t n) {
 
 template <int kN>
 inline MmaShared mma_places(const SsdChunkProblem &p, int tokens) {
-  using With = MmaPlaces<kN, true>;
-  using Without = MmaPlaces<kN, false>;
+  using With = MmaPlaces<kN, kSiso>;
+  using Without = MmaPlaces<kN, kMamba2>;
   MmaShared at;
   const Mamba3 &m = p.mamba3;
   const int rank = int(m.rank), nangles = int(m.nangles);
@@ -46,7 +55,7 @@ inline MmaShared mma_places(const SsdChunkProblem &p, int tokens) {
   at.bias = take(mamba3 ? 2 * rank * kN * 4 : 0);
   // Sums of halves stand where the queries are no longer needed, if there is room.
   at.sums = kN < 128 ? take(kSumsBytes) : 0;
-  const bool mimo = rank > 1 || m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given();
+  const bool mimo = mma_has_mimo(p);
   at.mimo = mimo ? take(3 * rank * kSlice * 4) : 0;
   at.u = mimo ? take(kTileBytes) : 0;
   at.out = rank > 1 ? take(kTileBytes) : 0;
@@ -147,6 +156,12 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
                      ? p.seqlen / plan.segment + p.seqs.nseq
                      : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
   plan.at = mma_shared_for(p, plan.tokens);
+  if (m.nangles > 0) {
+    TurnCut &cut = plan.turn_cut;
+    cut.log_slots = log2_of(m.nangles / 2);
+    cut.groups = std::min(kTeam >> cut.log_slots, plan.tokens);
+    cut.each = plan.tokens / cut.groups;
+  }
   plan.B_token = p.B.stride[1] * 2, plan.B_rank = p.B.stride[2] * 2;
   plan.C_token = p.C.stride[1] * 2, plan.C_rank = p.C.stride[2] * 2;
   plan.x_token = p.x.stride[1] * 2, plan.z_token = p.z.stride[1] * 2;

@@ -113,28 +113,13 @@ __device__ __forceinline__ double prepare_rows(RowArrays &to, const TokenBits &b
 
 // ---- Mamba-3
 
-// How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some
-// tokens in a row.
-struct TurnCut {
-  int pairs, slots, groups, each;  // slots: pairs, rounded up to a power of two
-  __device__ __forceinline__ TurnCut(int nangles, int tokens) {
-    pairs = nangles / 2;
-    slots = 1;
-    while (slots < pairs) slots *= 2;
-    groups = kTeam / slots < tokens ? kTeam / slots : tokens;
-    each = tokens / groups;
-  }
-};
-
 // The turns of each token within its group, and those of the groups.
 __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, DType dtype,
                                           int nangles, const float *dt, uint32_t turns,
                                           uint32_t *totals, int thread) {
-  const int pair = thread & (cut.slots - 1), group = thread / cut.slots;
-  if (pair >= cut.pairs || group >= cut.groups) return;
-  uint32_t a = 0, b = 0;
-  const bool wide = dtype == DType::kF32;
-  const int row_bytes = nangles * (wide ? 4 : 2);
+  const int pair = thread & ((1 << cut.log_slots) - 1), group = thread >> cut.log_slots;
+  if (2 * pair >= nangles || group >= cut.groups) return;
+  uint32_t a = 0, b = 0, bad_a = 0, bad_b = 0;
   // Several at a time: what is under way is not waited for.
   constexpr int kBatch = 4;
   const int first = group * cut.each, end = first + cut.each;
@@ -143,33 +128,32 @@ __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, D
     float2 v[kBatch];
     float step[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int from = min(t + i, end - 1);
-      step[i] = dt[from];
-      if (wide) {
-        const uint2 w = load_two_words(angles + from * row_bytes + pair * 8);
-        v[i] = {__uint_as_float(w.x), __uint_as_float(w.y)};
-      } else {
-        const uint32_t w = load_word(angles + from * row_bytes + pair * 4);
-        v[i] = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w) : unpack_two<__half>(w);
-      }
-    }
-    uint2 sum[kBatch];
+    for (int i = 0; i < kBatch; ++i) step[i] = t + i < end ? dt[t + i] : 0.0f;
+    const uint32_t at = t * nangles + 2 * pair;
+    if (dtype == DType::kF32) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (t + i < end) {
-        a = add_turns(a, turn_of(v[i].x, step[i]));
-        b = add_turns(b, turn_of(v[i].y, step[i]));
+      for (int i = 0; i < kBatch; ++i) {
+        const uint2 w = load_two_words(angles + (at + (t + i < end ? i * nangles : 0)) * 4);
+        v[i] = {__uint_as_float(w.x), __uint_as_float(w.y)};
       }
-      sum[i] = {a, b};
+    } else {
+      uint32_t w[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        w[i] = load_word(angles + (at + (t + i < end ? i * nangles : 0)) * 2);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        v[i] = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w[i]) : unpack_two<__half>(w[i]);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      if (t + i < end)
-        store_two_words(turns + ((t + i) * nangles + 2 * pair) * 4, sum[i].x, sum[i].y);
+      if (t + i < end) {
+        a += turn_of(v[i].x, step[i], &bad_a);
+        b += turn_of(v[i].y, step[i], &bad_b);
+        store_two_words(turns + (at + i * nangles) * 4, a | bad_a, b | bad_b);
+      }
   }
-  totals[group * nangles + 2 * pair] = a;
-  totals[group * nangles + 2 * pair + 1] = b;
+  *reinterpret_cast<uint2 *>(totals + group * nangles + 2 * pair) = {a | bad_a, b | bad_b};
 }
 
 // Two pairs of a row in two words, with their biases, turned and rounded.  Interleaved, a word is a
@@ -197,14 +181,14 @@ struct KeyTiles {
   bool with_queries;
 };
 
-template <class T, int kN, bool kHalf>
+template <class T, int kN, bool kRanks, bool kHalf>
 __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &tiles, int dstate,
                                           int nangles, int log_rank, uint32_t turns,
                                           const uint32_t *totals, const uint32_t *carry,
                                           uint32_t *next_carry, const float *bias, int thread) {
   constexpr int kBytes = kN * 2;
-  const int pair = thread & (cut.slots - 1), group = thread / cut.slots;
-  if (pair >= cut.pairs || group >= cut.groups) return;
+  const int pair = thread & ((1 << cut.log_slots) - 1), group = thread >> cut.log_slots;
+  if (2 * pair >= nangles || group >= cut.groups) return;
   uint2 base = *reinterpret_cast<const uint2 *>(carry + 2 * pair);
   uint2 bad = base;
   base.x &= ~1u, base.y &= ~1u;
@@ -214,7 +198,8 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     base.x += v.x & ~1u, base.y += v.y & ~1u;
     bad.x |= v.x, bad.y |= v.y;
   }
-  base.x |= bad.x & 1u, base.y |= bad.y & 1u;
+  bad.x &= 1u, bad.y &= 1u;
+  base.x |= bad.x, base.y |= bad.y;
   if (group == cut.groups - 1) {
     next_carry[2 * pair] = add_turns(base.x, totals[group * nangles + 2 * pair]);
     next_carry[2 * pair + 1] = add_turns(base.y, totals[group * nangles + 2 * pair + 1]);
@@ -225,6 +210,13 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     return *reinterpret_cast<const float2 *>(v + (row & mask) * kN + n);
   };
   const float *const query_bias = bias + (kN << log_rank);
+  // Without ranks the same for all rows.
+  float2 biases[4];
+  const auto take_biases = [&](int row) {
+    biases[0] = two(bias, row, first), biases[1] = two(bias, row, second);
+    biases[2] = two(query_bias, row, first), biases[3] = two(query_bias, row, second);
+  };
+  if (!kRanks) take_biases(0);
   constexpr int kBatch = 4;
   const int begin = (group * cut.each) << log_rank, end = begin + (cut.each << log_rank);
 #pragma unroll 1
@@ -244,13 +236,13 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     for (int i = 0; i < kBatch; ++i) {
       const int row = from + i;
       float2 sine, cosine;
-      sine_cosine_of(add_turns(base.x, own[i].x), &sine.x, &cosine.x);
-      sine_cosine_of(add_turns(base.y, own[i].y), &sine.y, &cosine.y);
-      k[i] = turned_words<T, kHalf>(k[i], two(bias, row, first), two(bias, row, second), sine,
-                                    cosine);
+      // Marks: none of a token is on without those of its group; a carry would turn by 2^-31.
+      sine_cosine_of((base.x ^ bad.x) + own[i].x | bad.x, &sine.x, &cosine.x);
+      sine_cosine_of((base.y ^ bad.y) + own[i].y | bad.y, &sine.y, &cosine.y);
+      if (kRanks) take_biases(row);
+      k[i] = turned_words<T, kHalf>(k[i], biases[0], biases[1], sine, cosine);
       if (tiles.with_queries)
-        q[i] = turned_words<T, kHalf>(q[i], two(query_bias, row, first),
-                                      two(query_bias, row, second), sine, cosine);
+        q[i] = turned_words<T, kHalf>(q[i], biases[2], biases[3], sine, cosine);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
@@ -266,9 +258,7 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
 }
 
 template <class T>
-__device__ __forceinline__ uint4 plus(uint4 v, const float *bias) {
-  const float4 low = *reinterpret_cast<const float4 *>(bias);
-  const float4 high = *reinterpret_cast<const float4 *>(bias + 4);
+__device__ __forceinline__ uint4 plus(uint4 v, float4 low, float4 high) {
   const auto one = [](uint32_t w, float a, float b) {
     const float2 f = unpack_two<T>(w);
     return pack_two<T>(f.x + a, f.y + b);
@@ -278,41 +268,50 @@ __device__ __forceinline__ uint4 plus(uint4 v, const float *bias) {
 }
 
 // The pieces that are not turned: biases alone.  nangles is a multiple of 8.
-template <class T, int kN>
+template <class T, int kN, bool kRanks>
 __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int nangles, bool half,
                                           int log_rank, const float *bias, int thread) {
   constexpr int kPieces = kN / 8;
   const int mask = (1 << log_rank) - 1;
-  const float *const query_bias = bias + (kN << log_rank);
   // Pieces of a row: [0, turned) are turned; in halves again from middle on.
   const int middle = half ? dstate / 16 : kPieces, turned = half ? nangles / 8 : nangles / 4;
   const int low = middle - turned;                   // of the first half
   const int left = half ? kPieces - 2 * turned : low;  // of a row
   if (left <= 0) return;
-  int slots = 1;
-  while (slots < left) slots *= 2;
-  const int i = thread & (slots - 1);
+  int log_slots = 0;
+  while (1 << log_slots < left) ++log_slots;
+  const int i = thread & ((1 << log_slots) - 1), step = kTeam >> log_slots;
   if (i >= left) return;
   const int piece = i < low ? turned + i : i + 2 * turned;
+  float4 biases[4];
+  const auto take_biases = [&](int row) {
+    const float *const of_key = bias + (row & mask) * kN + piece * 8;
+    const float *const of_query = of_key + (kN << log_rank);
+    biases[0] = *reinterpret_cast<const float4 *>(of_key);
+    biases[1] = *reinterpret_cast<const float4 *>(of_key + 4);
+    biases[2] = *reinterpret_cast<const float4 *>(of_query);
+    biases[3] = *reinterpret_cast<const float4 *>(of_query + 4);
+  };
+  if (!kRanks) take_biases(0);
   constexpr int kBatch = 2;
 #pragma unroll 1
-  for (int from = thread / slots; from < kRows; from += kBatch * kTeam / slots) {
+  for (int from = thread >> log_slots; from < kRows; from += kBatch * step) {
     uint4 k[kBatch], q[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const uint32_t at = piece_at(min(from + j * kTeam / slots, kRows - 1), piece, kN * 2);
+      const uint32_t at = piece_at(min(from + j * step, kRows - 1), piece, kN * 2);
       k[j] = load_four_words(tiles.raw_keys + at);
       if (tiles.with_queries) q[j] = load_four_words(tiles.raw_queries + at);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int row = from + j * kTeam / slots, n = (row & mask) * kN + piece * 8;
-      k[j] = plus<T>(k[j], bias + n);
-      if (tiles.with_queries) q[j] = plus<T>(q[j], query_bias + n);
+      if (kRanks) take_biases(from + j * step);
+      k[j] = plus<T>(k[j], biases[0], biases[1]);
+      if (tiles.with_queries) q[j] = plus<T>(q[j], biases[2], biases[3]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int row = from + j * kTeam / slots;
+      const int row = from + j * step;
       if (row >= kRows) continue;
       const uint32_t at = piece_at(row, piece, kN * 2);
       store_four_words(tiles.keys + at, k[j]);

@@ -95,6 +95,16 @@ __device__ __forceinline__ void meet_other_half(int pair) {
   asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
 }
 
+// 1 / v to a unit in the last place; 0 of what is beyond 2^126.
+__device__ __forceinline__ float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ __forceinline__ float gate(float z) {
+  return z * reciprocal(1.0f + exp2_fast(z * -kLog2e));
+}
+
 // Two values as a word.
 template <class T>
 __device__ __forceinline__ uint32_t pack_two(float low, float high) {
@@ -113,6 +123,17 @@ __device__ __forceinline__ float2 unpack_two(uint32_t v) {
   } else {
     return __half22float2(reinterpret_cast<const __half2 &>(v));
   }
+}
+
+// sum + 0 v, both times two: NaN where v is not finite.
+template <class T>
+__device__ __forceinline__ uint32_t add_nothing(uint32_t v, uint32_t sum) {
+  uint32_t to;
+  if constexpr (dtype_for<T> == DType::kBF16)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(to) : "r"(v), "r"(0), "r"(sum));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(to) : "r"(v), "r"(0), "r"(sum));
+  return to;
 }
 
 }  // namespace ssmk::cuda

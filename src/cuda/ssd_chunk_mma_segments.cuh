@@ -29,11 +29,12 @@ static __global__ void __launch_bounds__(kTeam)
                               ? turns_of_angle(load_at(p.initial.angle, s.slot, head, first + angle))
                               : 0;
     if (s.last) continue;
-    uint32_t sum = 0;
+    uint32_t sum = 0, bad = 0;
     for (int64_t t = s.begin + offset; t < s.end && offset < tokens; t += tokens) {
       const float dt = transformed(p.dt_transform, load_at(p.dt, s.row, t, head) + bias);
-      sum = add_turns(sum, turn_of(load_at(p.angles, s.row, t, head, first + angle), dt));
+      sum += turn_of(load_at(p.angles, s.row, t, head, first + angle), dt, &bad);
     }
+    sum |= bad;
     sums[threadIdx.x] = sum;
     __syncthreads();
     if (offset == 0) {

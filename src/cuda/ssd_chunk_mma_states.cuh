@@ -148,14 +148,13 @@ __device__ __forceinline__ uint32_t add_turns(uint32_t a, uint32_t b) {
   return ((a & ~1u) + (b & ~1u)) | ((a | b) & 1u);
 }
 
-// pi tanh(angle) dt.
-__device__ __forceinline__ uint32_t turn_of(float angle, float dt) {
-  const float e = exp2_fast(angle * (2.0f * kLog2e));
-  const float tanh = 1.0f - __fdividef(2.0f, 1.0f + e);  // e may be infinite
-  const float half_turns = (e > 3.0e38f ? (angle == angle ? 1.0f : angle) : tanh) * dt;
-  const float rest = fmaf(-2.0f, rintf(half_turns * 0.5f), half_turns);  // in [-1, 1], exactly
-  const bool bad = !(fabsf(half_turns) < 3.4e38f);
-  return (uint32_t(__float2int_rn(rest * 0x1p30f)) << 1) | (bad ? 1u : 0u);
+// pi tanh(angle) dt; not finite is marked in `bad`.
+__device__ __forceinline__ uint32_t turn_of(float angle, float dt, uint32_t *bad) {
+  const float e = exp2_fast(angle * (2.0f * kLog2e));  // may be infinite
+  const float half_turns = fmaf(-2.0f, reciprocal(1.0f + e), 1.0f) * dt;
+  if (!(fabsf(half_turns) < 3.4e38f)) *bad = 1u;
+  // The whole turns are beyond the upper end.
+  return uint32_t(__float2ll_rn(half_turns * 0x1p30f)) << 1;
 }
 
 __device__ __forceinline__ uint32_t turns_of_angle(float theta) {
@@ -169,11 +168,11 @@ __device__ __forceinline__ float angle_of_turns(uint32_t turns) {
   return theta < 6.2831855f ? theta : 0.0f;
 }
 __device__ __forceinline__ void sine_cosine_of(uint32_t turns, float *sine, float *cosine) {
-  // [-1/2, 1/2) of a turn, to 2^-23.
-  const float turn = __uint_as_float(((turns ^ 0x80000000u) >> 9) | 0x3f800000u) - 1.5f;
-  const float bad = (turns & 1u) ? __int_as_float(0x7fffffff) : 6.283185307f;
-  *sine = __sinf(turn * bad);
-  *cosine = __cosf(turn * bad);
+  // [-1/2, 1/2) of a turn, to 2^-23; NaN if marked.
+  const uint32_t bits = ((turns ^ 0x80000000u) >> 9) | 0x3f800000u | (turns << 30 & 0x40000000u);
+  const float angle = (__uint_as_float(bits) - 1.5f) * 6.283185307f;
+  *sine = __sinf(angle);
+  *cosine = __cosf(angle);
 }
 
 // ---- What else a head carries, at the end: written by all threads.

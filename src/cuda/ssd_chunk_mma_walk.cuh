@@ -39,9 +39,10 @@ __device__ __forceinline__ void begin_state(MmaState<kN> &h, const SsdChunkProbl
     add_before<kN>(h, p, s.slot, t, first_share(p, s.row, s.seq_begin, t.head), area);
 }
 
-template <class T, int kN, bool kMamba3>
+template <class T, int kN, int kKind>
 __global__ void __launch_bounds__(kTeam, 2)
     ssd_mma(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
+  constexpr bool kMamba3 = kKind != kMamba2, kRanks = kKind == kMimo;
   constexpr int kBytes = kN * 2, kPieces = kN / 8;
   wait_for_previous();
   start_next();
@@ -64,15 +65,15 @@ __global__ void __launch_bounds__(kTeam, 2)
   if (plan.states_only && (s.last || s.pad)) return;
 
   const Mamba3 &m = p.mamba3;
-  const int ranks = 1 << plan.log_rank, nangles = int(m.nangles);
-  const bool apart = p.out.stride[2] != 0;  // rows of out are rows, not tokens
-  const int out_log_rank = apart ? plan.log_rank : 0;
-  auto &own = *reinterpret_cast<MmaPlaces<kN, kMamba3> *>(mma_shared);
+  const int log_rank = kRanks ? plan.log_rank : 0, ranks = 1 << log_rank, nangles = int(m.nangles);
+  const bool apart = kRanks && plan.out_rank != 0;  // rows of out are rows, not tokens
+  const int out_log_rank = apart ? log_rank : 0;
+  auto &own = *reinterpret_cast<MmaPlaces<kN, kKind> *>(mma_shared);
   const uint32_t shared = shared_address(mma_shared);
   const auto floats = [&](int offset) { return reinterpret_cast<float *>(mma_shared + offset); };
   const auto words = [&](int offset) { return reinterpret_cast<uint32_t *>(mma_shared + offset); };
-  const auto u_at = [&] { return kMamba3 && at.mimo ? shared + at.u : shared_address(own.x); };
-  const auto rows_out = [&] { return kMamba3 && at.out ? shared + at.out : shared_address(own.z); };
+  const auto u_at = [&] { return kRanks ? shared + at.u : shared_address(own.x); };
+  const auto rows_out = [&] { return kRanks && at.out ? shared + at.out : shared_address(own.z); };
   float *const area = reinterpret_cast<float *>(own.weights);  // for states: free between chunks
   int *const found = &own.found;
 
@@ -108,7 +109,10 @@ __global__ void __launch_bounds__(kTeam, 2)
     f.slice = of;
     f.span = s;
     *facts = f;
+    own.decays = 0;
   }
+  __syncthreads();
+  const MmaSpan &span = facts->span;
   if (t.thread < kSlice) {
     const int c = t.thread;
     const bool there = c < of.channels;
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(kTeam, 2)
                                         : load_at(m.C_bias, of.head, r, n);
     }
 #pragma unroll 1
-    for (int i = t.thread; at.mimo && i < 3 * ranks * kSlice; i += kTeam) {
+    for (int i = t.thread; kRanks && i < 3 * ranks * kSlice; i += kTeam) {
       const int which = i / (ranks * kSlice), r = i / kSlice % ranks, c = i % kSlice;
       const auto value = [&](const View<3> &v) {
         return !v.given() ? 1.0f : c < of.channels ? load_at(v, of.head, r, of.channel + c) : 0.0f;
@@ -139,9 +143,9 @@ __global__ void __launch_bounds__(kTeam, 2)
     for (int i = t.thread; i < nangles; i += kTeam) {
       uint32_t turns = 0;
       if (plan.turns) {
-        turns = turns_before(p, plan, s, of.head, i);
-      } else if (s.has_initial && p.initial.angle.given()) {
-        turns = turns_of_angle(load_at(p.initial.angle, s.slot, of.head, i));
+        turns = turns_before(p, plan, span, of.head, i);
+      } else if (span.has_initial && p.initial.angle.given()) {
+        turns = turns_of_angle(load_at(p.initial.angle, span.slot, of.head, i));
       }
       words(at.carry)[i] = turns;
     }
@@ -151,47 +155,44 @@ __global__ void __launch_bounds__(kTeam, 2)
   if (plan.states_only) {
     clear<kN>(h);
   } else if (plan.prepared) {
-    read_kept<kN>(h, kept_state<kN>(p, plan, s.index, {t, of}));
+    read_kept<kN>(h, kept_state<kN>(p, plan, span.index, {t, of}));
   } else {
-    begin_state<kN>(h, p, s, {t, of}, area);
+    begin_state<kN>(h, p, span, {t, of}, area);
   }
   __syncthreads();
 
   // Copies ahead.
-  const int end = s.end;
+  const int end = span.end;
   const bool captures = p.ncaptures > 0 && !plan.states_only;
   const auto chunk_end = [&](int begin) {
     int stop = end - begin > plan.tokens ? begin + plan.tokens : end;
     if (captures) {
-      const int token = next_capture(p, facts->span.row, begin, stop, found);
+      const int token = next_capture(p, span.row, begin, stop, found);
       if (token < stop) stop = token + 1;
     }
     return stop;
   };
   const auto is_captured = [&](int stop) {
-    return captures && next_capture(p, facts->span.row, stop - 1, stop, found) < stop;
+    return captures && next_capture(p, span.row, stop - 1, stop, found) < stop;
   };
   const auto bring_keys = [&](int begin, int tokens, int stage) {
     if (tokens > 0) {
       const uint32_t to = shared_address(own.raw[stage]);
-      const int rows = tokens << plan.log_rank, there = int(p.dstate) / 8;
+      const int rows = tokens << log_rank, there = int(p.dstate) / 8;
       bring_rows<kPieces, kRows>(to, facts->B + begin * plan.B_token, plan.B_token, plan.B_rank,
-                                 plan.log_rank, rows, kRows, there, t.thread);
+                                 log_rank, rows, kRows, there, t.thread);
       if (!plan.states_only)
         bring_rows<kPieces, kRows>(to + kRows * kBytes, facts->C + begin * plan.C_token,
-                                   plan.C_token, plan.C_rank, plan.log_rank, rows,
+                                   plan.C_token, plan.C_rank, log_rank, rows,
                                    kRows, there, t.thread);
       if (kMamba3 && nangles > 0) {
-        // Pieces of a token's angles: a thread has one, of a token in so many.
-        const int n = nangles * size_of(p.angles.dtype) / 16, each = kTeam / n;
-        const int64_t next = plan.angles_token;
-        const int piece = t.thread % n;
-        const char *from = facts->angles + (begin + t.thread / n) * next + piece * 16;
+        const int n = nangles * size_of(p.angles.dtype) / 16, piece = t.thread % 16;
+        const uint32_t to = shared + at.angles + piece * 16;
+        const char *from = facts->angles + (begin + t.thread / 16) * plan.angles_token + piece * 16;
 #pragma unroll 1
-        for (int i = t.thread / n; i < plan.tokens; i += each) {
-          if (i < (t.thread / n) + plan.tokens)
-            copy_ahead_if(i < tokens, shared + at.angles + (i * n + piece) * 16, from);
-          from += each * next;
+        for (int i = t.thread / 16; i < plan.tokens; i += kTeam / 16) {
+          if (piece < n) copy_ahead_if(i < tokens, to + i * n * 16, from);
+          from += kTeam / 16 * plan.angles_token;
         }
       }
     }
@@ -212,18 +213,18 @@ __global__ void __launch_bounds__(kTeam, 2)
 
   // One warp prepares rows, a chunk ahead.
   const bool prepares = t.thread >= kTeam - 32;
-  float decays = 0;  // of the segment so far, in the warp that prepares
   const auto prepare = [&](int begin, int stop, bool captured, int parity) {
     if (!prepares) return;
     TokenBits bits;
-    read_tokens(bits, p, facts->span.row, begin, facts->span.seq_end, plan.tokens, facts->slice.head,
+    read_tokens(bits, p, span.row, begin, span.seq_end, plan.tokens, facts->slice.head,
                 t.lane);
-    decays += prepare_rows(own.rows[parity], bits, p, *facts, stop - begin,
-                             stop < facts->span.seq_end, !captured, plan.tokens, plan.log_rank,
+    const float sum = prepare_rows(own.rows[parity], bits, p, *facts, stop - begin,
+                             stop < span.seq_end, !captured, plan.tokens, log_rank,
                              t.lane);
+    if (t.lane == 0) own.decays += sum;
   };
 
-  int begin = s.begin, stop = chunk_end(begin), stage = 0, parity = 0;
+  int begin = span.begin, stop = chunk_end(begin), stage = 0, parity = 0;
   bool captured = is_captured(stop);
   bring_keys(begin, stop - begin, 0);
   bring_values(begin, stop - begin);
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(kTeam, 2)
     RowArrays &rows = own.rows[parity];
 
     // Keys are there; values too where they are spread over ranks now.
-    if (kMamba3 && at.mimo) wait_for_all_but<1>(); else wait_for_all_but<2>();
+    if (kRanks) wait_for_all_but<1>(); else wait_for_all_but<2>();
     __syncthreads();
     t.forget();
     uint32_t keys = shared_address(own.raw[stage]), queries = keys + kRows * kBytes;
@@ -252,23 +253,23 @@ __global__ void __launch_bounds__(kTeam, 2)
                               shared_address(own.keys[1]), !plan.states_only};
       const float *const bias = floats(at.bias);
       if (nangles > 0) {
-        const TurnCut cut(nangles, plan.tokens);
+        const TurnCut &cut = plan.turn_cut;
         sum_turns(cut, shared + at.angles, p.angles.dtype, nangles, rows.dt, shared_address(own.weights),
                   own.totals, t.thread);
         __syncthreads();
         if (m.rotary_half)
-          turn_keys<T, kN, true>(cut, tiles, int(p.dstate), nangles, plan.log_rank,
+          turn_keys<T, kN, kRanks, true>(cut, tiles, int(p.dstate), nangles, log_rank,
                                  shared_address(own.weights), own.totals, carry, next_carry, bias,
                                  t.thread);
         else
-          turn_keys<T, kN, false>(cut, tiles, int(p.dstate), nangles, plan.log_rank,
+          turn_keys<T, kN, kRanks, false>(cut, tiles, int(p.dstate), nangles, log_rank,
                                   shared_address(own.weights), own.totals, carry, next_carry, bias,
                                   t.thread);
       }
-      copy_keys<T, kN>(tiles, int(p.dstate), nangles, m.rotary_half, plan.log_rank, bias,
+      copy_keys<T, kN, kRanks>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank, bias,
                        t.thread);
-      if (at.mimo)
-        spread_values<T>(shared_address(own.x), shared + at.u, floats(at.mimo), plan.log_rank, t.thread);
+      if (kRanks)
+        spread_values<T>(shared_address(own.x), shared + at.u, floats(at.mimo), log_rank, t.thread);
       __syncthreads();
       keys = shared_address(own.keys[0]), queries = shared_address(own.keys[1]);
       bring_keys(next, next_tokens, 0);
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kTeam, 2)
       {
         MmaHalf scores;
         multiply_keys<T, kN>(scores, queries, keys, block16, t.half, t.lane);
-        weigh<T>(scores, rows, shared_address(own.weights), block16, t.half, plan.log_rank, t.lane);
+        weigh<T>(scores, rows, shared_address(own.weights), block16, t.half, log_rank, t.lane);
       }
       multiply_state<T, kN>(sums, h, queries, t.half, t.lane);
       wait_for_all_but<1>();
@@ -313,10 +314,10 @@ __global__ void __launch_bounds__(kTeam, 2)
       if (kMamba3 && m.norm_weight.given())
         normalise(y, own.norm, m.norm_eps, own.squares, {t, facts->slice});
       t.forget();
-      if (kMamba3 && at.mimo) {
+      if (kRanks) {
         const float *const zeta = floats(at.mimo) + ranks * kSlice;
         gate_ranks<T>(y, p.z.given(), shared_address(own.z), rows_out(), zeta, zeta + ranks * kSlice,
-                      m.mimo_out.given(), plan.log_rank, t.pair, t.half, t.lane);
+                      m.mimo_out.given(), log_rank, t.pair, t.half, t.lane);
       } else {
         gate_rows<T>(y, p.z.given(), shared_address(own.z), rows_out(), t.pair, t.half, t.lane);
       }
@@ -330,23 +331,23 @@ __global__ void __launch_bounds__(kTeam, 2)
 
     add_to_state<T, kN>(h, u, keys, rows.ending, rows.last[0], t.half, t.lane);
     const bool ends = next == end;
-    if (captured || (ends && facts->span.last)) {
+    if (captured || (ends && span.last)) {
       const MmaThread who = {t, facts->slice};
-      const int64_t position = facts->span.row * p.seqlen + stop - 1;
+      const int64_t position = span.row * p.seqlen + stop - 1;
       // Entries of the captured states, then the sequence's own.
 #pragma unroll 1
       for (int64_t i = captured ? 0 : p.ncaptures; i <= p.ncaptures; ++i) {
         const bool own_end = i == p.ncaptures;
-        if (own_end ? !(ends && facts->span.last) : read_index(p.capture_positions, i) != position)
+        if (own_end ? !(ends && span.last) : read_index(p.capture_positions, i) != position)
           continue;
         const HeadStates &to = own_end ? p.final : p.captured;
-        const int64_t entry = own_end ? facts->span.slot : i;
+        const int64_t entry = own_end ? span.slot : i;
         if (to.h.given()) write_state<kN>(h, to.h, entry, who, int(p.dstate), area);
-        if (kMamba3) write_parts(p, facts->span.row, stop - 1, who, to, entry, next_carry);
+        if (kMamba3) write_parts(p, span.row, stop - 1, who, to, entry, next_carry);
       }
-      if (p.trap.given() && stop < facts->span.seq_end) {
+      if (p.trap.given() && stop < span.seq_end) {
         // The weight of the last token alone.
-        const int last = tokens << plan.log_rank;
+        const int last = tokens << log_rank;
         __syncthreads();
         if (t.thread < kRows)
           rows.ending[t.thread] =
@@ -360,9 +361,9 @@ __global__ void __launch_bounds__(kTeam, 2)
     }
     if (ends) {
       if (plan.states_only) {
-        const int index = facts->span.index;
+        const int index = span.index;
         keep_state<kN>(h, kept_state<kN>(p, plan, index, {t, facts->slice}));
-        if (prepares && t.lane == 0) plan.decays[index * p.nheads + facts->slice.head] = decays;
+        if (t.thread == 0) plan.decays[index * p.nheads + facts->slice.head] = own.decays;
       }
       return;
     }
