@@ -230,8 +230,6 @@ __global__ void __launch_bounds__(kTeam, 2)
   bring_values(begin, stop - begin);
   bring_gates(begin, stop - begin);
   prepare(begin, stop, captured, 0);
-  // Rows of S that the warp computes; so dealt that the warps of a scheduler have alike to do.
-  const int block16 = t.half ? 3 - t.pair : t.pair;
 
 #pragma unroll 1
   for (;;) {
@@ -246,8 +244,7 @@ __global__ void __launch_bounds__(kTeam, 2)
     __syncthreads();
     t.forget();
     uint32_t keys = shared_address(own.raw[stage]), queries = keys + kRows * kBytes;
-    const uint32_t *const carry = words(at.carry) + parity * nangles;
-    uint32_t *const next_carry = words(at.carry) + (parity ^ 1) * nangles;
+    const auto carried = [&](int of) { return words(at.carry) + (of ? nangles : 0); };
     if constexpr (kMamba3) {
       const KeyTiles tiles = {keys, queries, shared_address(own.keys[0]),
                               shared_address(own.keys[1]), !plan.states_only};
@@ -259,11 +256,13 @@ __global__ void __launch_bounds__(kTeam, 2)
         __syncthreads();
         if (m.rotary_half)
           turn_keys<T, kN, kRanks, true>(cut, tiles, int(p.dstate), nangles, log_rank,
-                                 shared_address(own.weights), own.totals, carry, next_carry, bias,
+                                 shared_address(own.weights), own.totals, carried(parity),
+                                     carried(parity ^ 1), bias,
                                  t.thread);
         else
           turn_keys<T, kN, kRanks, false>(cut, tiles, int(p.dstate), nangles, log_rank,
-                                  shared_address(own.weights), own.totals, carry, next_carry, bias,
+                                  shared_address(own.weights), own.totals, carried(parity),
+                                     carried(parity ^ 1), bias,
                                   t.thread);
       }
       copy_keys<T, kN, kRanks>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank, bias,
@@ -289,6 +288,8 @@ __global__ void __launch_bounds__(kTeam, 2)
     } else {
       MmaRows sums;
       {
+        // Rows of S that the warp computes; so dealt that the warps of a scheduler have alike to do.
+        const int block16 = t.half ? 3 - t.pair : t.pair;
         MmaHalf scores;
         multiply_keys<T, kN>(scores, queries, keys, block16, t.half, t.lane);
         weigh<T>(scores, rows, shared_address(own.weights), block16, t.half, log_rank, t.lane);
@@ -343,7 +344,8 @@ __global__ void __launch_bounds__(kTeam, 2)
         const HeadStates &to = own_end ? p.final : p.captured;
         const int64_t entry = own_end ? span.slot : i;
         if (to.h.given()) write_state<kN>(h, to.h, entry, who, int(p.dstate), area);
-        if (kMamba3) write_parts(p, span.row, stop - 1, who, to, entry, next_carry);
+        if (kMamba3) write_parts(p, span.row, stop - 1, who, to, entry,
+                                 carried(parity ^ 1));
       }
       if (p.trap.given() && stop < span.seq_end) {
         // The weight of the last token alone.
