@@ -154,6 +154,11 @@ struct RowArrays {
   float last[4];        // exp2 of the whole sum; what the next token adds
 };
 
+// A chunk: its tokens, and whether a state is captured at its end.
+struct MmaStep {
+  int begin, stop, captured;
+};
+
 constexpr int kAreaStride = 17, kAreaFloats = 16 * kAreaStride;  // see read_state()
 
 template <int kN, int kKind>
@@ -162,6 +167,7 @@ struct MmaPlaces {
 
   RowArrays rows[2];
   BlockFacts facts;
+  MmaStep steps[2];
   int found;
   float decays;  // of the segment so far
   float D[kSlice], norm[kSlice], squares[4 * kRows];

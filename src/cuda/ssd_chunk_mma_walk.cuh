@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(kTeam, 2)
   __syncthreads();
 
   // Copies ahead.
-  const int end = span.end;
   const bool captures = p.ncaptures > 0 && !plan.states_only;
   const auto chunk_end = [&](int begin) {
+    const int end = span.end;
     int stop = end - begin > plan.tokens ? begin + plan.tokens : end;
     if (captures) {
       const int token = next_capture(p, span.row, begin, stop, found);
@@ -224,26 +224,35 @@ __global__ void __launch_bounds__(kTeam, 2)
     if (t.lane == 0) own.decays += sum;
   };
 
-  int begin = span.begin, stop = chunk_end(begin), stage = 0, parity = 0;
-  bool captured = is_captured(stop);
-  bring_keys(begin, stop - begin, 0);
-  bring_values(begin, stop - begin);
-  bring_gates(begin, stop - begin);
-  prepare(begin, stop, captured, 0);
+  int parity = 0;  // of the chunk's number
+  {
+    const int begin = span.begin, stop = chunk_end(begin);
+    const bool captured = is_captured(stop);
+    if (t.thread == 0) own.steps[0] = {begin, stop, captured};
+    bring_keys(begin, stop - begin, 0);
+    bring_values(begin, stop - begin);
+    bring_gates(begin, stop - begin);
+    prepare(begin, stop, captured, 0);
+    __syncthreads();
+  }
 
 #pragma unroll 1
   for (;;) {
     t.forget();
-    const int tokens = stop - begin, next = stop, next_stop = next < end ? chunk_end(next) : next;
-    const int next_tokens = next_stop - next;
-    const bool next_captured = next < end && is_captured(next_stop);
     RowArrays &rows = own.rows[parity];
+    const MmaStep &now = own.steps[parity];
+    MmaStep &then = own.steps[parity ^ 1];
+    {
+      const int next = now.stop, stop = next < span.end ? chunk_end(next) : next;
+      const bool captured = next < span.end && is_captured(stop);
+      if (t.thread == 0) then = {next, stop, captured};
+    }
 
     // Keys are there; values too where they are spread over ranks now.
     if (kRanks) wait_for_all_but<1>(); else wait_for_all_but<2>();
     __syncthreads();
     t.forget();
-    uint32_t keys = shared_address(own.raw[stage]), queries = keys + kRows * kBytes;
+    uint32_t keys = shared_address(own.raw[kMamba3 ? 0 : parity]), queries = keys + kRows * kBytes;
     const auto carried = [&](int of) { return words(at.carry) + (of ? nangles : 0); };
     if constexpr (kMamba3) {
       const KeyTiles tiles = {keys, queries, shared_address(own.keys[0]),
@@ -271,14 +280,12 @@ __global__ void __launch_bounds__(kTeam, 2)
         spread_values<T>(shared_address(own.x), shared + at.u, floats(at.mimo), log_rank, t.thread);
       __syncthreads();
       keys = shared_address(own.keys[0]), queries = shared_address(own.keys[1]);
-      bring_keys(next, next_tokens, 0);
-    } else {
-      bring_keys(next, next_tokens, stage ^ 1);
     }
+    bring_keys(then.begin, then.stop - then.begin, kMamba3 ? 0 : parity ^ 1);
 
     t.forget();
     // Its warp has no part in S.
-    if (next < end) prepare(next, next_stop, next_captured, parity ^ 1);
+    if (then.begin < then.stop) prepare(then.begin, then.stop, then.captured, parity ^ 1);
     MmaValues u;
     if (plan.states_only) {
       wait_for_all_but<1>();
@@ -324,14 +331,15 @@ __global__ void __launch_bounds__(kTeam, 2)
       }
       t.forget();
       __syncthreads();
-      store_rows(rows_out(), facts->out + begin * plan.out_token, plan.out_token, plan.out_rank,
-                 out_log_rank, tokens << out_log_rank, facts->slice.channels / 8, t.thread);
+      store_rows(rows_out(), facts->out + now.begin * plan.out_token, plan.out_token, plan.out_rank,
+                 out_log_rank, (now.stop - now.begin) << out_log_rank, facts->slice.channels / 8, t.thread);
     }
-    if (!captured) bring_values(next, next_tokens);
+    if (!now.captured) bring_values(then.begin, then.stop - then.begin);
     t.forget();
 
     add_to_state<T, kN>(h, u, keys, rows.ending, rows.last[0], t.half, t.lane);
-    const bool ends = next == end;
+    const bool ends = now.stop == span.end, captured = now.captured;
+    const int stop = now.stop;
     if (captured || (ends && span.last)) {
       const MmaThread who = {t, facts->slice};
       const int64_t position = span.row * p.seqlen + stop - 1;
@@ -349,7 +357,7 @@ __global__ void __launch_bounds__(kTeam, 2)
       }
       if (p.trap.given() && stop < span.seq_end) {
         // The weight of the last token alone.
-        const int last = tokens << log_rank;
+        const int last = (stop - now.begin) << log_rank;
         __syncthreads();
         if (t.thread < kRows)
           rows.ending[t.thread] =
@@ -359,7 +367,7 @@ __global__ void __launch_bounds__(kTeam, 2)
         add_to_state<T, kN>(h, u, keys, rows.ending, 1.0f, t.half, t.lane);
         __syncthreads();
       }
-      if (captured) bring_values(next, next_tokens);
+      if (captured) bring_values(then.begin, then.stop - then.begin);
     }
     if (ends) {
       if (plan.states_only) {
@@ -370,9 +378,7 @@ __global__ void __launch_bounds__(kTeam, 2)
       return;
     }
     __syncthreads();
-    bring_gates(next, next_tokens);
-    begin = next, stop = next_stop, captured = next_captured;
-    if (!kMamba3) stage ^= 1;
+    bring_gates(then.begin, then.stop - then.begin);
     parity ^= 1;
   }
 }
