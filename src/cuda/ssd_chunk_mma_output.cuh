@@ -144,29 +144,35 @@ __device__ __forceinline__ void gate_rows(const MmaHalf &y, bool gated, uint32_t
 // Any rank: gates of tokens, zeta and phi of (rank, channel).  With `sum` the rows of `out` are
 // tokens.
 template <class T>
-__device__ __forceinline__ void gate_ranks(MmaHalf &y, bool gated, uint32_t z, uint32_t out,
+__device__ __forceinline__ void gate_ranks(const MmaHalf &y, bool gated, uint32_t z, uint32_t out,
                                            const float *zeta, const float *phi, bool sum,
                                            int log_rank, int pair, int half, int lane) {
-  const int g = lane >> 2, q = lane & 3, mask = (1 << log_rank) - 1;
+  const int q = lane & 3, mask = (1 << log_rank) - 1;
+  // A thread's ranks are the same in every tile: those of 2 q and 2 q + 1.
+  float zetas[4], phis[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int at = ((2 * q + (k & 1)) & mask) * kSlice + pair * 16 + (lane >> 2) + (k >> 1) * 8;
+    zetas[k] = zeta[at];
+    phis[k] = sum ? phi[at] : 1.0f;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = half * 32 + i * 8 + 2 * q;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int c = pair * 16 + g + (k < 2 ? 0 : 8), rank = (row + (k & 1)) & mask;
-      float v = y.v[i][k];
-      if (gated) {
-        const int t = (row + (k & 1)) >> log_rank;
-        const uint32_t word = load_word(z + (word_at(t, c & ~1, kSliceBytes)));
-        const float2 f = unpack_two<T>(word);
-        v *= gate((c & 1 ? f.y : f.x) * zeta[rank * kSlice + c]);
-      }
-      y.v[i][k] = sum ? v * phi[rank * kSlice + c] : v;
-    }
-#pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float low = y.v[i][2 * k], high = y.v[i][2 * k + 1];
-      const int c = pair * 16 + g + 8 * k;
+      const int c = pair * 16 + (lane >> 2) + 8 * k;
+      float low = y.v[i][2 * k] * phis[2 * k], high = y.v[i][2 * k + 1] * phis[2 * k + 1];
+      if (gated) {
+        const auto value = [&](int t) {
+          const float2 f = unpack_two<T>(load_word(z + word_at(t, c & ~1, kSliceBytes)));
+          return c & 1 ? f.y : f.x;
+        };
+        const float first = value(row >> log_rank);
+        const float second = log_rank > 0 ? first : value(row + 1);
+        low *= gate(first * zetas[2 * k]);
+        high *= gate(second * zetas[2 * k + 1]);
+      }
       const auto put = [&](int at, float v) {
         store_half(out + word_at(at, c & ~1, kSliceBytes) + (c & 1) * 2, pack_two<T>(v, 0.0f));
       };

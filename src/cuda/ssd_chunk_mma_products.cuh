@@ -72,7 +72,6 @@ __device__ __forceinline__ void weigh(const MmaHalf &s, const RowArrays &rows, u
   const int g = lane >> 2, q = lane & 3;
   const int i0 = block * 16 + g, i1 = i0 + 8;
   const float sum0 = rows.sum[i0], sum1 = rows.sum[i1];
-  uint32_t words[4][2];
 #pragma unroll
   for (int j8 = 0; j8 < 4; ++j8)
     if (half * 2 + j8 / 2 <= block) {
@@ -93,14 +92,8 @@ __device__ __forceinline__ void weigh(const MmaHalf &s, const RowArrays &rows, u
           if (then > now) m[k] = 0.0f;
         }
       }
-      words[j8][0] = pack_two<T>(m[0], m[1]), words[j8][1] = pack_two<T>(m[2], m[3]);
-    }
-#pragma unroll
-  for (int j8 = 0; j8 < 4; ++j8)
-    if (half * 2 + j8 / 2 <= block) {
-      const int j = half * 32 + j8 * 8 + 2 * q;
-      store_word(weights + word_at(i0, j, kSliceBytes), words[j8][0]);
-      store_word(weights + word_at(i1, j, kSliceBytes), words[j8][1]);
+      store_word(weights + word_at(i0, j, kSliceBytes), pack_two<T>(m[0], m[1]));
+      store_word(weights + word_at(i1, j, kSliceBytes), pack_two<T>(m[2], m[3]));
     }
 }
 
