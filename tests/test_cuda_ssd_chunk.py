@@ -348,8 +348,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(torch, rng):
 
 @pytest.mark.parametrize("p", [
     Ssd(40, 33, 6, 256, 128, has=SISO),
-    Ssd(40, 33, 6, 256, 128, has=SISO, dtype=BF16),
-    Ssd(1, 2000, 3, 128, 64, has=SISO, dtype=BF16),
+    Ssd(40, 33, 6, 256, 128, has=SISO, dtype=dict.fromkeys(("x", "B", "C", "z", "out"), BF16)),
+    Ssd(1, 2000, 3, 128, 64, has=SISO, dtype=dict.fromkeys(("x", "B", "C", "z", "out"), BF16)),
 ])  # fmt: skip
 def test_in_place_states_of_many_blocks_a_head(torch, rng, path, p):
     """Angles and keys that all rows of a head read are replaced while others start."""

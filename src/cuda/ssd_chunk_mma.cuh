@@ -154,6 +154,14 @@ struct RowArrays {
   float last[4];        // exp2 of the whole sum; what the next token adds
 };
 
+// What is known of the tokens of the next chunk, on the way to its rows.
+struct TokenTerms {
+  double decay[kRows];         // log2
+  double sum[kRows], all;      // of them, up to and with the token; of all
+  float now[kRows];            // weight of the token's product for itself
+  float share[kRows + 1];      // and what it adds to the weight of the one before
+};
+
 // A chunk: its tokens, and whether a state is captured at its end.
 struct MmaStep {
   int begin, stop, captured;
@@ -166,6 +174,7 @@ struct MmaPlaces {
   static constexpr bool kMamba3 = kKind != kMamba2;
 
   RowArrays rows[2];
+  TokenTerms terms;
   BlockFacts facts;
   MmaStep steps[2];
   int found;

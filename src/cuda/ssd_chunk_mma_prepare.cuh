@@ -10,23 +10,18 @@ namespace ssmk::cuda {
 // Log decays below are 0 in float32, and cut off there, so that sums stay finite.
 constexpr double kLogDecayLimit = 200.0;
 
-// The inputs of tokens 2 l and 2 l + 1 of a chunk and of the next one, as bits, in lane l.
+// The inputs of a token, as bits.
 struct TokenBits {
-  uint32_t dt[3], adt[2], trap[3];
+  uint32_t dt, adt, trap;
 };
 
-__device__ __forceinline__ void read_tokens(TokenBits &b, const SsdChunkProblem &p, int64_t row,
-                                            int begin, int end, int tokens, int64_t head,
-                                            int lane) {
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    const int t = begin + 2 * lane + i;
-    const bool there = t < end && 2 * lane + i <= tokens;
-    b.dt[i] = there ? load_bits(p.dt.at(row, t, head), p.dt.dtype) : 0;
-    b.trap[i] = there && p.trap.given() ? load_bits(p.trap.at(row, t, head), p.trap.dtype) : 0;
-    if (i < 2)
-      b.adt[i] = there && p.adt.given() ? load_bits(p.adt.at(row, t, head), p.adt.dtype) : 0;
-  }
+__device__ __forceinline__ TokenBits read_token(const SsdChunkProblem &p, int64_t row, int token,
+                                                int64_t head) {
+  TokenBits b = {};
+  b.dt = load_bits(p.dt.at(row, token, head), p.dt.dtype);
+  if (p.adt.given()) b.adt = load_bits(p.adt.at(row, token, head), p.adt.dtype);
+  if (p.trap.given()) b.trap = load_bits(p.trap.at(row, token, head), p.trap.dtype);
+  return b;
 }
 
 __device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
@@ -44,38 +39,36 @@ __device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t r
   return (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap)) * dt;
 }
 
-// By one warp.  `tokens`: of this chunk; `follows`: another token of the sequence comes next.
-// `carried`: it adds its share to the weight of the last one, else that is left apart.  Returns the
-// sum of the log2 decays.
-__device__ __forceinline__ double prepare_rows(RowArrays &to, const TokenBits &b,
-                                               const SsdChunkProblem &p, const BlockFacts &head,
-                                               int tokens, bool follows, bool carried,
-                                               int chunk_tokens, int log_rank, int lane) {
-  const Mamba3 &m = p.mamba3;
-  float dt[3], now[3], share[3];
-  double a[2];
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    const int t = 2 * lane + i;
-    const bool there = t < tokens + (follows ? 1 : 0);
-    dt[i] = there ? transformed(p.dt_transform, value_of(b.dt[i], p.dt.dtype) + head.bias) : 0.0f;
-    now[i] = dt[i];
-    share[i] = 0.0f;  // what it adds for the token before it
-    if (p.trap.given() && there) {
-      const float trap = value_of(b.trap[i], p.trap.dtype);
-      now[i] *= m.trap_sigmoid ? trap : sigmoid(trap);
-      share[i] = dt[i] * (m.trap_sigmoid ? 1.0f - trap : sigmoid(-trap));
-    }
+// A chunk's rows are prepared in three steps, while the chunk before is computed.  First thread i of
+// some: token i of the `tokens` of the chunk, or the one after them if the sequence goes on.
+__device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const TokenBits &b,
+                                              const SsdChunkProblem &p, const BlockFacts &head,
+                                              int i, int tokens, bool follows, int chunk_tokens) {
+  const bool own = i < tokens, there = i < tokens + (follows ? 1 : 0);
+  const float dt =
+      there ? transformed(p.dt_transform, value_of(b.dt, p.dt.dtype) + head.bias) : 0.0f;
+  float now = dt, share = 0.0f;
+  if (p.trap.given() && there) {
+    const float trap = value_of(b.trap, p.trap.dtype);
+    now *= p.mamba3.trap_sigmoid ? trap : sigmoid(trap);
+    share = dt * (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap));
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    double decay = p.adt.given() ? double(value_of(b.adt[i], p.adt.dtype)) : double(dt[i]) * head.A;
-    decay = decay < -kLogDecayLimit  ? -kLogDecayLimit
-            : decay > kLogDecayLimit ? kLogDecayLimit
-                                     : decay;
-    a[i] = 2 * lane + i < tokens ? decay * 1.4426950408889634074 : 0.0;
-  }
-  double sum = a[0] + a[1];
+  to.share[i] = share;
+  if (i >= chunk_tokens) return;
+  double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
+  decay = decay < -kLogDecayLimit  ? -kLogDecayLimit
+          : decay > kLogDecayLimit ? kLogDecayLimit
+                                   : decay;
+  to.decay[i] = own ? decay * 1.4426950408889634074 : 0.0;
+  to.now[i] = own ? now : 0.0f;
+  dts[i] = own ? dt : 0.0f;
+}
+
+// Then one warp: the sums of the log2 decays.
+__device__ __forceinline__ void sum_decays(TokenTerms &to, int chunk_tokens, int lane) {
+  const bool there = 2 * lane < chunk_tokens;
+  const double a = there ? to.decay[2 * lane] : 0.0, b = there ? to.decay[2 * lane + 1] : 0.0;
+  double sum = a + b;
 #pragma unroll
   for (int off = 1; off < 32; off *= 2) {
     const double below = __shfl_up_sync(~0u, sum, off);
@@ -83,32 +76,31 @@ __device__ __forceinline__ double prepare_rows(RowArrays &to, const TokenBits &b
   }
   double before = __shfl_up_sync(~0u, sum, 1);
   if (lane == 0) before = 0;
-  const double all = __shfl_sync(~0u, sum, (tokens - 1) >> 1);  // a token past the end adds 0
-  const double sums[2] = {before + a[0], sum};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int t = 2 * lane + i;
-    const bool own = t < tokens;
-    const float later = own ? now[i] + (t < tokens - 1 || carried ? share[i + 1] : 0.0f) : 0.0f;
-    const float ending = own ? exp2_fast(float(all - sums[i])) * later : 0.0f;
-    const float total = float(sums[i]), decay = exp2_fast(total), same = own ? now[i] : 0.0f;
-    if (t == tokens - 1) {
-      to.last[0] = decay;
-      to.last[1] = share[i + 1];
-    }
-    if (t < chunk_tokens) {
-      to.dt[t] = own ? dt[i] : 0.0f;
-#pragma unroll 1
-      for (int row = t << log_rank; row < (t + 1) << log_rank; ++row) {
-        to.sum[row] = total;
-        to.later[row] = later;
-        to.same[row] = same;
-        to.decay[row] = decay;
-        to.ending[row] = ending;
-      }
-    }
+  if (there) {
+    to.sum[2 * lane] = before + a;
+    to.sum[2 * lane + 1] = sum;
   }
-  return all;
+  if (lane == 31) to.all = sum;
+}
+
+// Then a thread for each row.  `carried`: what follows adds its share to the last token's weight,
+// else that is left apart.
+__device__ __forceinline__ void prepare_row(RowArrays &to, const TokenTerms &terms, int row,
+                                            int tokens, bool carried, int log_rank) {
+  const int i = row >> log_rank;
+  const bool own = i < tokens;
+  const double sum = own ? terms.sum[i] : 0.0;
+  const float now = own ? terms.now[i] : 0.0f;
+  const float later = own ? now + (i < tokens - 1 || carried ? terms.share[i + 1] : 0.0f) : 0.0f;
+  to.sum[row] = float(sum);
+  to.later[row] = later;
+  to.same[row] = now;
+  to.decay[row] = exp2_fast(float(sum));
+  to.ending[row] = own ? exp2_fast(float(terms.all - sum)) * later : 0.0f;
+  if (row == 0) {
+    to.last[0] = exp2_fast(float(terms.all));
+    to.last[1] = terms.share[tokens];
+  }
 }
 
 // ---- Mamba-3

@@ -211,17 +211,29 @@ __global__ void __launch_bounds__(kTeam, 2)
     end_copies();
   };
 
-  // One warp prepares rows, a chunk ahead.
-  const bool prepares = t.thread >= kTeam - 32;
-  const auto prepare = [&](int begin, int stop, bool captured, int parity) {
-    if (!prepares) return;
-    TokenBits bits;
-    read_tokens(bits, p, span.row, begin, span.seq_end, plan.tokens, facts->slice.head,
-                t.lane);
-    const float sum = prepare_rows(own.rows[parity], bits, p, *facts, stop - begin,
-                             stop < span.seq_end, !captured, plan.tokens, log_rank,
-                             t.lane);
-    if (t.lane == 0) own.decays += sum;
+  // Rows are prepared a chunk ahead, tokens by the last 96 threads.
+  const auto token_of = [&] { return t.thread - (kTeam - 96); };
+  const auto read_ahead = [&](int begin, int stop) {
+    const int i = token_of();
+    return i >= 0 && i <= plan.tokens && begin < stop && begin + i < span.seq_end
+               ? read_token(p, span.row, begin + i, facts->slice.head)
+               : TokenBits{};
+  };
+  const auto prepare_tokens = [&](const TokenBits &bits, const MmaStep &step, int parity) {
+    const int i = token_of();
+    if (i >= 0 && i <= plan.tokens && step.begin < step.stop)
+      prepare_token(own.terms, own.rows[parity].dt, bits, p, *facts, i, step.stop - step.begin,
+                    step.stop < span.seq_end, plan.tokens);
+  };
+  const auto prepare_sums = [&](const MmaStep &step) {
+    if (t.thread >= 32 || step.begin == step.stop) return;
+    sum_decays(own.terms, plan.tokens, t.lane);
+    if (t.lane == 31) own.decays += float(own.terms.all);
+  };
+  const auto prepare_rows = [&](const MmaStep &step, int parity) {
+    if (t.thread < kRows && step.begin < step.stop)
+      prepare_row(own.rows[parity], own.terms, t.thread, step.stop - step.begin, !step.captured,
+                  log_rank);
   };
 
   int parity = 0;  // of the chunk's number
@@ -232,7 +244,13 @@ __global__ void __launch_bounds__(kTeam, 2)
     bring_keys(begin, stop - begin, 0);
     bring_values(begin, stop - begin);
     bring_gates(begin, stop - begin);
-    prepare(begin, stop, captured, 0);
+    const TokenBits bits = read_ahead(begin, stop);
+    __syncthreads();
+    prepare_tokens(bits, own.steps[0], 0);
+    __syncthreads();
+    prepare_sums(own.steps[0]);
+    __syncthreads();
+    prepare_rows(own.steps[0], 0);
     __syncthreads();
   }
 
@@ -242,15 +260,18 @@ __global__ void __launch_bounds__(kTeam, 2)
     RowArrays &rows = own.rows[parity];
     const MmaStep &now = own.steps[parity];
     MmaStep &then = own.steps[parity ^ 1];
+    TokenBits bits;
     {
       const int next = now.stop, stop = next < span.end ? chunk_end(next) : next;
       const bool captured = next < span.end && is_captured(stop);
       if (t.thread == 0) then = {next, stop, captured};
+      bits = read_ahead(next, stop);
     }
 
     // Keys are there; values too where they are spread over ranks now.
     if (kRanks) wait_for_all_but<1>(); else wait_for_all_but<2>();
     __syncthreads();
+    prepare_tokens(bits, then, parity ^ 1);
     t.forget();
     uint32_t keys = shared_address(own.raw[kMamba3 ? 0 : parity]), queries = keys + kRows * kBytes;
     const auto carried = [&](int of) { return words(at.carry) + (of ? nangles : 0); };
@@ -284,12 +305,11 @@ __global__ void __launch_bounds__(kTeam, 2)
     bring_keys(then.begin, then.stop - then.begin, kMamba3 ? 0 : parity ^ 1);
 
     t.forget();
-    // Its warp has no part in S.
-    if (then.begin < then.stop) prepare(then.begin, then.stop, then.captured, parity ^ 1);
     MmaValues u;
     if (plan.states_only) {
       wait_for_all_but<1>();
       __syncthreads();
+      prepare_sums(then);
       load_values(u, u_at(), t.pair, t.lane);
       __syncthreads();
     } else {
@@ -318,6 +338,7 @@ __global__ void __launch_bounds__(kTeam, 2)
         forbid(y, from, t);
         load_values(u, u_at(), t.pair, t.lane);
       }
+      prepare_sums(then);
       if (p.D.given()) add_skip<T>(y, u, own.D, t);
       if (kMamba3 && m.norm_weight.given())
         normalise(y, own.norm, m.norm_eps, own.squares, {t, facts->slice});
@@ -334,6 +355,7 @@ __global__ void __launch_bounds__(kTeam, 2)
       store_rows(rows_out(), facts->out + now.begin * plan.out_token, plan.out_token, plan.out_rank,
                  out_log_rank, (now.stop - now.begin) << out_log_rank, facts->slice.channels / 8, t.thread);
     }
+    prepare_rows(then, parity ^ 1);
     if (!now.captured) bring_values(then.begin, then.stop - then.begin);
     t.forget();
 
