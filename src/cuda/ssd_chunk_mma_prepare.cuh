@@ -112,7 +112,8 @@ __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, D
   const int pair = thread & ((1 << cut.log_slots) - 1), group = thread >> cut.log_slots;
   if (2 * pair >= nangles || group >= cut.groups) return;
   uint32_t a = 0, b = 0, bad_a = 0, bad_b = 0;
-  // Several at a time: what is under way is not waited for.
+  // Several at a time: what is under way is not waited for.  Tokens beyond a group's are read, for
+  // nothing.
   constexpr int kBatch = 4;
   const int first = group * cut.each, end = first + cut.each;
 #pragma unroll 1
@@ -120,19 +121,19 @@ __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, D
     float2 v[kBatch];
     float step[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) step[i] = t + i < end ? dt[t + i] : 0.0f;
+    for (int i = 0; i < kBatch; ++i) step[i] = dt[t + i];
     const uint32_t at = t * nangles + 2 * pair;
     if (dtype == DType::kF32) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const uint2 w = load_two_words(angles + (at + (t + i < end ? i * nangles : 0)) * 4);
+        const uint2 w = load_two_words(angles + (at + i * nangles) * 4);
         v[i] = {__uint_as_float(w.x), __uint_as_float(w.y)};
       }
     } else {
       uint32_t w[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        w[i] = load_word(angles + (at + (t + i < end ? i * nangles : 0)) * 2);
+        w[i] = load_word(angles + (at + i * nangles) * 2);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
         v[i] = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w[i]) : unpack_two<__half>(w[i]);
@@ -191,10 +192,10 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     bad.x |= v.x, bad.y |= v.y;
   }
   bad.x &= 1u, bad.y &= 1u;
-  base.x |= bad.x, base.y |= bad.y;
   if (group == cut.groups - 1) {
-    next_carry[2 * pair] = add_turns(base.x, totals[group * nangles + 2 * pair]);
-    next_carry[2 * pair + 1] = add_turns(base.y, totals[group * nangles + 2 * pair + 1]);
+    const uint2 v = *reinterpret_cast<const uint2 *>(totals + group * nangles + 2 * pair);
+    *reinterpret_cast<uint2 *>(next_carry + 2 * pair) = {add_turns(base.x | bad.x, v.x),
+                                                         add_turns(base.y | bad.y, v.y)};
   }
   const int first = kHalf ? 2 * pair : 4 * pair, second = kHalf ? first + dstate / 2 : first + 2;
   const int mask = (1 << log_rank) - 1;
@@ -210,28 +211,42 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
   };
   if (!kRanks) take_biases(0);
   constexpr int kBatch = 4;
+  const auto words_at = [&](uint32_t tile, const uint32_t(&at)[2]) {
+    if (!kHalf) return load_two_words(tile + at[0]);
+    return uint2{load_word(tile + at[0]), load_word(tile + at[1])};
+  };
+  const auto put = [&](uint32_t tile, const uint32_t(&at)[2], uint2 words) {
+    if (!kHalf) return store_two_words(tile + at[0], words.x, words.y);
+    store_word(tile + at[0], words.x);
+    store_word(tile + at[1], words.y);
+  };
   const int begin = (group * cut.each) << log_rank, end = begin + (cut.each << log_rank);
 #pragma unroll 1
   for (int from = begin; from < end; from += kBatch) {
     uint2 own[kBatch], k[kBatch], q[kBatch];
-    uint32_t at[kBatch][2];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int row = min(from + i, end - 1);
-      at[i][0] = word_at(row, first, kBytes), at[i][1] = word_at(row, second, kBytes);
-      own[i] = load_two_words(turns + ((row >> log_rank) * nangles + 2 * pair) * 4);
-      k[i] = {load_word(tiles.raw_keys + at[i][0]), load_word(tiles.raw_keys + at[i][1])};
-      if (tiles.with_queries)
-        q[i] = {load_word(tiles.raw_queries + at[i][0]), load_word(tiles.raw_queries + at[i][1])};
-    }
+    uint32_t at[kBatch][2], marks = bad.x | bad.y;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int row = from + i;
+      at[i][0] = word_at(row, first, kBytes);
+      if (kHalf) at[i][1] = word_at(row, second, kBytes);
+      own[i] = load_two_words(turns + ((row >> log_rank) * nangles + 2 * pair) * 4);
+      k[i] = words_at(tiles.raw_keys, at[i]);
+      if (tiles.with_queries) q[i] = words_at(tiles.raw_queries, at[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) marks |= own[i].x | own[i].y;
+    const bool marked = marks & 1u;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
       float2 sine, cosine;
-      // Marks: none of a token is on without those of its group; a carry would turn by 2^-31.
-      sine_cosine_of((base.x ^ bad.x) + own[i].x | bad.x, &sine.x, &cosine.x);
-      sine_cosine_of((base.y ^ bad.y) + own[i].y | bad.y, &sine.y, &cosine.y);
-      if (kRanks) take_biases(row);
+      sine_cosine_of(base.x + own[i].x, &sine.x, &cosine.x);
+      sine_cosine_of(base.y + own[i].y, &sine.y, &cosine.y);
+      if (marked) {  // rarely
+        if ((bad.x | own[i].x) & 1u) sine.x = cosine.x = __int_as_float(0x7fffffff);
+        if ((bad.y | own[i].y) & 1u) sine.y = cosine.y = __int_as_float(0x7fffffff);
+      }
+      if (kRanks) take_biases(from + i);
       k[i] = turned_words<T, kHalf>(k[i], biases[0], biases[1], sine, cosine);
       if (tiles.with_queries)
         q[i] = turned_words<T, kHalf>(q[i], biases[2], biases[3], sine, cosine);
@@ -239,12 +254,8 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (from + i < end) {
-        store_word(tiles.keys + at[i][0], k[i].x);
-        store_word(tiles.keys + at[i][1], k[i].y);
-        if (tiles.with_queries) {
-          store_word(tiles.queries + at[i][0], q[i].x);
-          store_word(tiles.queries + at[i][1], q[i].y);
-        }
+        put(tiles.keys, at[i], k[i]);
+        if (tiles.with_queries) put(tiles.queries, at[i], q[i]);
       }
   }
 }

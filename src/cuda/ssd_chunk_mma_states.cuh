@@ -167,10 +167,11 @@ __device__ __forceinline__ float angle_of_turns(uint32_t turns) {
   const float theta = float(double(turns) * (6.283185307179586477 / 4294967296.0));
   return theta < 6.2831855f ? theta : 0.0f;
 }
+// Marks are not looked at.
 __device__ __forceinline__ void sine_cosine_of(uint32_t turns, float *sine, float *cosine) {
-  // [-1/2, 1/2) of a turn, to 2^-23; NaN if marked.
-  const uint32_t bits = ((turns ^ 0x80000000u) >> 9) | 0x3f800000u | (turns << 30 & 0x40000000u);
-  const float angle = (__uint_as_float(bits) - 1.5f) * 6.283185307f;
+  // [-1/2, 1/2) of a turn, to 2^-23.
+  const float above_one = __uint_as_float(turns >> 9 ^ 0x00400000u | 0x3f800000u);
+  const float angle = fmaf(above_one, 6.283185307f, -1.5f * 6.283185307f);
   *sine = __sinf(angle);
   *cosine = __cosf(angle);
 }
