@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The path of ssd_chunk that takes every call: its cut and its launch.
+#include <algorithm>
+
 #include "core/status.h"
 #include "cuda/ssd_chunk_general.cuh"
 #include "cuda/ssd_chunk_path.h"
@@ -55,6 +57,7 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
   s.steps = int(tokens * m.rank);
   const int64_t group = 8, steps = (s.steps + group - 1) / group * group;
   const int64_t keys = m.rank * s.padded, rows = m.rank * s.block_rows;
+  s.states = take(s.row_tiles * s.state_tiles == 1, s.rows * int64_t(s.tile_states));
   s.K = take(true, s.steps * int64_t(s.padded));
   s.Q = take(true, s.steps * int64_t(s.padded));
   s.U = take(true, s.steps * int64_t(s.block_rows));
@@ -87,6 +90,7 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
 GeneralPlan plan_of(const SsdChunkProblem &p, int64_t *shared) {
   GeneralPlan s = {};
   const Shape shape = shape_of(p.dstate);
+  s.headdim = int(p.headdim), s.dstate = int(p.dstate);
   s.rank = int(p.mamba3.rank);
   s.nangles = int(p.mamba3.nangles);
   s.log_lanes = shape.log_lanes;
@@ -108,6 +112,7 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t *shared) {
   s.block_rows = s.rows * s.row_tiles;
   s.log_rows = log_of(s.block_rows);
   s.log_states = log_of(p.dstate < 4 ? 4 : p.dstate);
+  s.log_tile = log_of(s.tile_states);
   s.log_angles = log_of(s.nangles);
   s.has_psi = p.mamba3.mimo_x.given();
   int tokens = s.rank >= kGeneralTokens ? 1 : kGeneralTokens / s.rank;

@@ -2,7 +2,7 @@
 // Prefill of Mamba-2 and 3 on any layout, dtype and size, token by token in float32; the formulas
 // stand in ssmk.h.
 //
-// A block owns some rows p of one head of one sequence, with their states in registers, and takes
+// A block owns some rows p of one head of one sequence, with their states, and takes
 // its tokens in short spans.  What a span's rows share comes to shared memory first: keys and
 // queries of all ranks (biased and rotated once), u = psi x, decays.  With w = (1 - lambda) dt' and
 // gamma = lambda dt', of the token after as well, and g the states with what the next token owes
@@ -18,8 +18,9 @@
 // Slow decays are multiplied as h + (d - 1) h, where d - 1 has all its digits: a long sequence is as
 // exact as a short one.
 //
-// Rows and states that do not fit into the block's registers are tiles, kept in the workspace
-// between their turns.
+// States are in registers for the walk over a span only, which leaves these free for what comes
+// before and after.  Where a head has more rows or states than the block has threads for they are
+// tiles, kept in the workspace between their turns, not in shared memory.
 #pragma once
 
 #include "cuda/ssd_chunk_general_span.cuh"
@@ -34,129 +35,86 @@ struct GeneralBlock {
   const SsdChunkProblem &p;
   const GeneralPlan &s;
   float *const shared;
-  const Span span;
-  const int lane, mine;  // of a row; the row of threads
-  float h[kRows][kChunks][4];
-  enum { kZero, kInitial, kParked, kHere } where = kZero;  // the states
+  const Span &span;  // in shared memory
+  int lane, mine;        // of a row; the row of threads
+  float h[kRows][kChunks][4];  // during a walk
 
-  __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory, Span here)
-      : g(launch),
-        p(launch.p),
-        s(launch.plan),
-        shared(memory),
-        span(here),
-        lane(threadIdx.x & ((1 << s.log_lanes) - 1)),
-        mine(threadIdx.x >> s.log_lanes) {
-    zero();
-  }
+  __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory,
+                                          const Span &here)
+      : g(launch), p(launch.p), s(launch.plan), shared(memory), span(here) {}
 
-  // ---- States
+  // ---- States, between walks: a tile's are the registers of its threads, in fours
 
   __device__ __forceinline__ int state_at(int tile, int c) const {
     return tile * s.tile_states + ((c << s.log_lanes) + lane) * 4;
   }
-  __device__ __forceinline__ int row_at(int tile, int r) const {
-    return span.first_row + tile * s.rows + mine * kRows + r;
-  }
   __device__ __forceinline__ int tiles() const { return s.row_tiles * s.state_tiles; }
+  __device__ __forceinline__ int tile_floats() const { return blockDim.x * kRows * kChunks * 4; }
 
-  __device__ __forceinline__ void zero() {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) h[r][c][e] = 0.0f;
+  __device__ __forceinline__ float *tile(int row_tile, int state_tile) const {
+    if (tiles() == 1) return shared + s.states;
+    return reinterpret_cast<float *>(p.workspace.data) +
+           (span.block * tiles() + row_tile * s.state_tiles + state_tile) * tile_floats();
   }
 
-  // f(value, p, n) of the elements that there are.
+  // f(value, p, n, whether there is such a state) of all tiles.
   template <class F>
-  __device__ __forceinline__ void each_state(int row_tile, int state_tile, const F &f) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = row_at(row_tile, r);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int n = state_at(state_tile, c) + e;
-          if (row < p.headdim && n < p.dstate) f(h[r][c][e], row, n);
-        }
-    }
+  __device__ __forceinline__ void each_state(const F &f) const {
+    const int lanes = 1 << s.log_lanes;
+    for (int j = 0; j < s.state_tiles; ++j)
+      for (int k = 0; k < s.row_tiles; ++k) {
+        float *const states = tile(k, j);
+        each_cell(s.rows, s.tile_states, s.log_tile, [&](int i, int n) {
+          const int thread = i / kRows * lanes + (n / 4 & (lanes - 1)),
+                    four = i % kRows * kChunks + (n / 4 >> s.log_lanes);
+          const int row = span.first_row + k * s.rows + i, state = j * s.tile_states + n;
+          f(states[(four * blockDim.x + thread) * 4 + n % 4], row, state,
+            row < s.headdim && state < s.dstate);
+        });
+      }
+  }
+
+  __device__ __forceinline__ void clear() const {
+    each_state([](float &v, int, int, bool) { v = 0.0f; });
   }
 
   // True if a value is not finite.
-  __device__ __forceinline__ bool read_initial(int row_tile, int state_tile) {
+  __device__ __forceinline__ bool read_initial() const {
     bool bad = false;
-    zero();
-    if (!p.initial.h.given()) return bad;
-    const char *const from = p.initial.h.at(span.slot, span.head);
-    const int64_t row_stride = p.initial.h.stride[2], stride = p.initial.h.stride[3];
-    const DType dtype = p.initial.h.dtype;
-    const int64_t item = size_of(dtype);
-    each_state(row_tile, state_tile, [&](float &value, int row, int n) {
-      value = value_of(load_bits(from + (row * row_stride + n * stride) * item, dtype), dtype);
-      bad |= not_finite(value);
+    const bool given = p.initial.h.given();
+    each_state([&](float &v, int row, int n, bool here) {
+      v = given && here ? load_at(p.initial.h, span.slot, span.head, row, n) : 0.0f;
+      bad |= not_finite(v);
     });
     return bad;
   }
 
-  __device__ __forceinline__ void write_to(const View<4> &to, int64_t entry, int row_tile,
-                                           int state_tile) {
-    char *const base = to.at(entry, span.head);
-    const int64_t row_stride = to.stride[2], stride = to.stride[3], item = size_of(to.dtype);
-    const DType dtype = to.dtype;
-    each_state(row_tile, state_tile, [&](float &value, int row, int n) {
-      store(base + (row * row_stride + n * stride) * item, dtype, value);
+  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry) const {
+    if (!to.given()) return;
+    each_state([&](float &v, int row, int n, bool here) {
+      if (here) store_at(to, v, entry, span.head, row, n);
     });
   }
 
-  __device__ __forceinline__ float4 *parked(int tile) const {
-    return reinterpret_cast<float4 *>(p.workspace.data) +
-           ((span.block * tiles() + tile) * kRows * kChunks) * blockDim.x + threadIdx.x;
-  }
-
-  // The states of a tile to registers, from wherever they are.
-  __device__ __forceinline__ void bring(int row_tile, int state_tile) {
-    if (where == kHere) return;
-    if (where == kZero) return zero();
-    if (where == kInitial) {
-      read_initial(row_tile, state_tile);
-      return;
-    }
-    const float4 *const from = parked(row_tile * s.state_tiles + state_tile);
+  // To registers, and back.
+  __device__ __forceinline__ void bring(const float *states) {
+    const float4 *const from = reinterpret_cast<const float4 *>(states) + this_thread();
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const float4 v = from[int64_t(r * kChunks + c) * blockDim.x];
+        const float4 v = from[(r * kChunks + c) * blockDim.x];
         h[r][c][0] = v.x, h[r][c][1] = v.y, h[r][c][2] = v.z, h[r][c][3] = v.w;
       }
   }
-
-  __device__ __forceinline__ void park(int row_tile, int state_tile) {
-    if (tiles() == 1) return;
-    float4 *const to = parked(row_tile * s.state_tiles + state_tile);
+  __device__ __forceinline__ void put_back(float *states) const {
+    float4 *const to = reinterpret_cast<float4 *>(states) + this_thread();
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
-        to[int64_t(r * kChunks + c) * blockDim.x] =
+        to[(r * kChunks + c) * blockDim.x] =
             make_float4(h[r][c][0], h[r][c][1], h[r][c][2], h[r][c][3]);
-  }
-
-  __device__ __forceinline__ void clear() {
-    zero();
-    where = kZero;
-  }
-
-  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry) {
-    if (!to.given()) return;
-    for (int i = 0; i < s.row_tiles; ++i)
-      for (int j = 0; j < s.state_tiles; ++j) {
-        bring(i, j);
-        write_to(to, entry, i, j);
-      }
   }
 
   // ---- Tokens
@@ -174,7 +132,7 @@ struct GeneralBlock {
       const float k[4] = {k4.x, k4.y, k4.z, k4.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (kCareful && state_at(state_tile, c) + e >= p.dstate) continue;
+        if (kCareful && state_at(state_tile, c) + e >= s.dstate) continue;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
       }
@@ -266,7 +224,7 @@ struct GeneralBlock {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             // States past the end are dropped, not multiplied by a padded 0.
-            if (kCareful && state_at(state_tile, c) + e >= p.dstate) continue;
+            if (kCareful && state_at(state_tile, c) + e >= s.dstate) continue;
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
               y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
@@ -300,10 +258,11 @@ struct GeneralBlock {
 
   // All tokens of a span; before says that there is a token before it.
   __device__ __forceinline__ void run(int tokens, bool before, bool careful) {
-    const int steps = kSiso ? tokens : tokens * s.rank;
+    const int steps = kSiso ? tokens : tokens * s.rank, thread = this_thread();
+    lane = thread & ((1 << s.log_lanes) - 1), mine = thread >> s.log_lanes;
     for (int i = 0; i < s.row_tiles; ++i)
       for (int j = 0; j < s.state_tiles; ++j) {
-        bring(i, j);
+        bring(tile(i, j));
         if (careful) {
           if (before) add_before<true>(i, j);
           walk<true>(steps, i, j);
@@ -311,22 +270,30 @@ struct GeneralBlock {
           if (before) add_before<false>(i, j);
           walk<false>(steps, i, j);
         }
-        park(i, j);
+        put_back(tile(i, j));
       }
-    where = tiles() == 1 ? kHere : kParked;
   }
 };
 
 template <int kRows, int kChunks, bool kSiso>
-__global__ void __launch_bounds__(kGeneralThreads, 1)
-    ssd_general(const __grid_constant__ GeneralLaunch launch) {
+__global__ void __launch_bounds__(kGeneralThreads, 2)
+    ssd_general(const __grid_constant__ GeneralLaunch given) {
   extern __shared__ float4 memory[];
   using Block = GeneralBlock<kRows, kChunks, kSiso>;
   begin();
   float *const shared = reinterpret_cast<float *>(memory);
+  // In shared memory, from where the compiler reads them when they are used: what it would compute
+  // ahead from parameters for all spans fills more registers than there are.
+  __shared__ alignas(16) uint32_t copy[sizeof(GeneralLaunch) / 4];
+  __shared__ Span span;
+  for (int i = threadIdx.x; i < sizeof(GeneralLaunch) / 4; i += blockDim.x)
+    copy[i] = reinterpret_cast<const uint32_t *>(&given)[i];
+  __syncthreads();
+  const GeneralLaunch &launch = reinterpret_cast<const GeneralLaunch &>(copy);
   const SsdChunkProblem &p = launch.p;
   const GeneralPlan &s = launch.plan;
-  const Span span = span_of(launch);
+  if (threadIdx.x == 0) span = span_of(launch);
+  __syncthreads();
   SpanWork<kSiso> work{p, s, shared, span};
   if (span.pad) return work.zero_output(span.begin, span.end);
 
@@ -335,23 +302,18 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
   // Sticky: where something was not finite, the states may not be until they are cleared.
   bool careful = false;
   if (span.has_initial) {
-    block.where = Block::kInitial;
-    bool bad = work.read_initial();
-    if (block.tiles() == 1) {
-      bad |= block.read_initial(0, 0);
-      block.where = Block::kHere;
-    } else {
-      bad = true;  // they are not looked at here
-    }
-    careful = __syncthreads_or(bad);
+    const bool bad = work.read_initial();
+    careful = __syncthreads_or(block.read_initial() || bad);
   } else {
+    block.clear();
     work.clear();
   }
 
   int64_t last = -1, capture = work.next_capture(span.begin);
-  for (int64_t t = span.begin; t < span.end;) {
-    int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
-    if (p.seqs.seq_idx.given()) {
+  for (int64_t t = span.begin;;) {
+    const bool end = t >= span.end;
+    int tokens = end ? 0 : span.end - t < s.tokens ? int(span.end - t) : s.tokens;
+    if (!end && p.seqs.seq_idx.given()) {
       const Run run = work.next_run(t, tokens);
       tokens = run.tokens;
       if (run.id < 0) {
@@ -369,21 +331,24 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
     if (capture < t) capture = work.next_capture(t);
     const bool captured = capture - t < tokens;
     if (captured) tokens = int(capture - t) + 1;
-    careful |= work.prepare(t, tokens);
-    block.run(tokens, work.has_before, careful);
-    __syncthreads();
-    work.finish(t, tokens);
-    work.keep_last(t, tokens);
-    if (captured)
-      work.each_capture(capture, [&](int64_t i) {
-        block.write_states(p.captured.h, i);
-        work.write_small(p.captured, i);
-      });
-    t += tokens;
+    if (!end) {
+      careful |= work.prepare(t, tokens);
+      block.run(tokens, work.has_before, careful);
+      __syncthreads();
+      work.finish(t, tokens);
+      work.keep_last(t, tokens);
+      t += tokens;
+    }
+    // The states after this token, or after all.
+    const HeadStates &to = end ? p.final : p.captured;
+    for (int64_t i = end ? 0 : captured ? work.capture_of(capture, 0) : p.ncaptures;
+         i < (end ? 1 : p.ncaptures); i = end ? 1 : work.capture_of(capture, i + 1)) {
+      const int64_t entry = end ? span.slot : i;
+      block.write_states(to.h, entry);
+      work.write_small(to, entry);
+    }
+    if (end) return;
   }
-  __syncthreads();
-  block.write_states(p.final.h, span.slot);
-  work.write_small(p.final, span.slot);
 }
 
 }  // namespace ssmk::cuda

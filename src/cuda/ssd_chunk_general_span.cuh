@@ -19,10 +19,10 @@ struct GeneralPlan {
   int tile_states, padded;       // states of a tile, and of all
   int block_rows, slices;        // rows of a block; blocks of a head
   int tokens, steps;             // of a span; a step is a rank of a token
-  int rank, nangles;
-  int log_rows, log_states, log_angles;  // of the powers of two that hold a row of work
+  int headdim, dstate, rank, nangles;
+  int log_rows, log_states, log_angles, log_tile;  // of the powers of two that hold a row of work
   bool has_psi, quads_x, quads_z, quads_B, quads_C;
-  int K, Q, U, Y, z, kq, sine, cosine, theta, raw_theta, k_before, v_before;
+  int states, K, Q, U, Y, z, kq, sine, cosine, theta, raw_theta, k_before, v_before;
   int psi, zeta, phi, D, norm, B_bias, C_bias, terms, gamma, owed, dt, scales, ids;
 };
 
@@ -84,14 +84,16 @@ __device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
   return s;
 }
 
-// Four neighbours, aligned to the bytes that they fill.
-__device__ __forceinline__ uint4 load_four(const char *p, DType dtype) {
+// Four neighbours, aligned to the bytes that they fill; 0 if they are not here.
+__device__ __forceinline__ uint4 load_four(const char *p, DType dtype, bool here) {
   uint4 bits;
   asm volatile(
-      "{\n.reg .pred wide;\nsetp.ne.u32 wide, %5, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@wide ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n@!wide ld.global.v2.b32 {%0, %1}, [%4];\n}"
+      "{\n.reg .pred wide, narrow;\nsetp.eq.u32 wide, %5, 2;\nsetp.eq.u32 narrow, %5, 1;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@wide ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "@narrow ld.global.v2.b32 {%0, %1}, [%4];\n}"
       : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
-      : "l"(p), "r"(uint32_t(dtype == DType::kF32))
+      : "l"(p), "r"(uint32_t(!here ? 0 : dtype == DType::kF32 ? 2 : 1))
       : "memory");
   return bits;
 }
@@ -104,54 +106,81 @@ __device__ __forceinline__ float4 four_values(uint4 bits, DType dtype) {
   return {a.x, a.y, b.x, b.y};
 }
 
+// The thread's number, of which the compiler knows nothing: what is computed from it is not kept in
+// registers from span to span, where the states need them.
+__device__ __forceinline__ int this_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 // f(row, column) of a table whose columns fill 2^log threads.
 template <class F>
 __device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
   const int count = rows << log;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+  for (int i = this_thread(); i < count; i += blockDim.x) {
     const int row = i >> log, column = i & ((1 << log) - 1);
     if (column < columns) f(row, column);
   }
 }
 
+// Rows and columns of a tensor of floats; strides in bytes.
+struct Table {
+  const char *data;
+  int64_t row, column;
+  DType dtype;
+
+  __device__ __forceinline__ Table(const char *first, DType type, int64_t row_stride,
+                                   int64_t column_stride)
+      : data(first), dtype(type) {
+    const int64_t item = type == DType::kF32 ? 4 : 2;
+    row = row_stride * item, column = column_stride * item;
+  }
+  __device__ __forceinline__ const char *at(int r, int c) const {
+    return data + r * row + c * column;
+  }
+};
+
 // The same for cells that come from memory: several loads are under way at once.
-template <class At, class Put>
-__device__ __forceinline__ void each_loaded(int rows, int columns, int log, DType dtype,
-                                            const At &at, const Put &put) {
-  constexpr int kAtOnce = 8;
+template <class Put>
+__device__ __forceinline__ void each_loaded(const Table &from, int rows, int columns, int log,
+                                            const Put &put) {
+  constexpr int kAtOnce = 4;
   const int count = rows << log;
-  for (int first = threadIdx.x; first < count; first += kAtOnce * blockDim.x) {
+#pragma unroll 1
+  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
     uint32_t bits[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) bits[j] = load_bits(at(row, column), dtype);
+      if (i < count && column < columns) bits[j] = load_bits(from.at(row, column), from.dtype);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) put(row, column, value_of(bits[j], dtype));
+      if (i < count && column < columns) put(row, column, value_of(bits[j], from.dtype));
     }
   }
 }
 
 // In fours of neighbours: `columns` of them.
-template <class At, class Put>
-__device__ __forceinline__ void each_four(int rows, int columns, int log, DType dtype, const At &at,
+template <class Put>
+__device__ __forceinline__ void each_four(const Table &from, int rows, int columns, int log,
                                           const Put &put) {
   constexpr int kAtOnce = 4;
   const int count = rows << log;
-  for (int first = threadIdx.x; first < count; first += kAtOnce * blockDim.x) {
+#pragma unroll 1
+  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
     uint4 bits[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) bits[j] = load_four(at(row, 4 * column), dtype);
+      bits[j] = load_four(from.at(row, 4 * column), from.dtype, i < count && column < columns);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) put(row, 4 * column, four_values(bits[j], dtype));
+      if (i < count && column < columns) put(row, 4 * column, four_values(bits[j], from.dtype));
     }
   }
 }
@@ -161,7 +190,7 @@ struct SpanWork {
   const SsdChunkProblem &p;
   const GeneralPlan &s;
   float *const shared;
-  const Span span;
+  const Span &span;  // in shared memory
   bool has_before = false;  // k_before and v_before are those of a token
   bool turned = false;      // theta has seen a token; before, it is as the caller gave it
 
@@ -174,7 +203,7 @@ struct SpanWork {
   __device__ __forceinline__ int rank_of(int step) const { return kSiso ? 0 : step % s.rank; }
   // Rows of this block that there are.
   __device__ __forceinline__ int rows() const {
-    const int left = int(p.headdim) - span.first_row;
+    const int left = s.headdim - span.first_row;
     return left < s.block_rows ? left : s.block_rows;
   }
   __device__ __forceinline__ double *theta() const {
@@ -200,22 +229,22 @@ struct SpanWork {
   }
   __device__ __forceinline__ void read_rows(int to, const View<2> &v) const {
     if (v.given())
-      for (int i = threadIdx.x; i < s.block_rows; i += blockDim.x)
+      for (int i = this_thread(); i < s.block_rows; i += blockDim.x)
         shared[to + i] = i < rows() ? load_at(v, span.head, span.first_row + i) : 0.0f;
   }
   __device__ __forceinline__ void read_bias(int to, const View<3> &v) const {
     if (v.given())
       for (int r = 0; r < ranks(); ++r)
-        for (int i = threadIdx.x; i < p.dstate; i += blockDim.x)
+        for (int i = this_thread(); i < s.dstate; i += blockDim.x)
           shared[to + r * s.padded + i] = load_at(v, span.head, r, i);
   }
 
   // States past the end stay zeros in all keys and queries.
   __device__ __forceinline__ void read_parameters() const {
     const Mamba3 &m = p.mamba3;
-    for (int i = threadIdx.x; i < s.steps * s.padded; i += blockDim.x)
+    for (int i = this_thread(); i < s.steps * s.padded; i += blockDim.x)
       shared[s.K + i] = shared[s.Q + i] = 0.0f;
-    for (int i = threadIdx.x; p.trap.given() && i < ranks() * s.padded; i += blockDim.x)
+    for (int i = this_thread(); p.trap.given() && i < ranks() * s.padded; i += blockDim.x)
       shared[s.k_before + i] = 0.0f;
     read_ranks(s.psi, m.mimo_x);
     read_ranks(s.zeta, m.mimo_z);
@@ -232,16 +261,16 @@ struct SpanWork {
   template <class F>
   __device__ __forceinline__ void each_key(const F &f) const {
     for (int r = 0; r < ranks(); ++r)
-      for (int n = threadIdx.x; n < p.dstate; n += blockDim.x)
+      for (int n = this_thread(); n < s.dstate; n += blockDim.x)
         f(shared[s.k_before + r * s.padded + n], r, n);
   }
   template <class F>
   __device__ __forceinline__ void each_value(const F &f) const {
-    for (int i = threadIdx.x; i < s.block_rows; i += blockDim.x) f(shared[s.v_before + i], i);
+    for (int i = this_thread(); i < s.block_rows; i += blockDim.x) f(shared[s.v_before + i], i);
   }
   template <class F>
   __device__ __forceinline__ void each_angle(const F &f) const {
-    for (int j = threadIdx.x; j < s.nangles; j += blockDim.x) f(j);
+    for (int j = this_thread(); j < s.nangles; j += blockDim.x) f(j);
   }
 
   __device__ __forceinline__ void set_angle(int j, float radians) const {
@@ -299,46 +328,43 @@ struct SpanWork {
 
   // ---- Captures and runs
 
-  // The first captured token from t on.
-  __device__ __forceinline__ int64_t next_capture(int64_t t) const {
+  // The least of all threads' values.
+  __device__ __forceinline__ int64_t least(int64_t value) const {
     __shared__ unsigned long long best;
-    if (p.ncaptures == 0) return kNever;
     __syncthreads();
-    if (threadIdx.x == 0) best = kNever;
+    if (this_thread() == 0) best = kNever;
     __syncthreads();
-    int64_t first = kNever;
-    for (int64_t i = threadIdx.x; i < p.ncaptures; i += blockDim.x) {
-      const int64_t at = read_index(p.capture_positions, i) - span.row * p.seqlen;
-      if (at >= t && at < span.end && at < first) first = at;
-    }
-    if (first < kNever) atomicMin(&best, (unsigned long long)first);
+    if (value < kNever) atomicMin(&best, (unsigned long long)value);
     __syncthreads();
     return int64_t(best);
   }
 
-  // f(i) of the captures of token t.
-  template <class F>
-  __device__ __forceinline__ void each_capture(int64_t t, const F &f) const {
-    __shared__ bool hits[kGeneralThreads];
-    for (int64_t first = 0; first < p.ncaptures; first += blockDim.x) {
-      const int64_t i = first + threadIdx.x;
-      const bool hit =
-          i < p.ncaptures && read_index(p.capture_positions, i) == span.row * p.seqlen + t;
-      hits[threadIdx.x] = hit;
-      if (!__syncthreads_or(hit)) continue;
-      for (int k = 0; k < blockDim.x; ++k)
-        if (hits[k]) f(first + k);
-      __syncthreads();
+  // The first captured token from t on.
+  __device__ __forceinline__ int64_t next_capture(int64_t t) const {
+    if (p.ncaptures == 0) return kNever;
+    int64_t first = kNever;
+    for (int64_t i = this_thread(); i < p.ncaptures; i += blockDim.x) {
+      const int64_t at = read_index(p.capture_positions, i) - span.row * p.seqlen;
+      if (at >= t && at < span.end && at < first) first = at;
     }
+    return least(first);
+  }
+
+  // The first capture of token t, from number i on.
+  __device__ __forceinline__ int64_t capture_of(int64_t t, int64_t i) const {
+    int64_t first = kNever;
+    for (i += this_thread(); i < p.ncaptures && first == kNever; i += blockDim.x)
+      if (read_index(p.capture_positions, i) == span.row * p.seqlen + t) first = i;
+    return least(first);
   }
 
   // Tokens from t on, at most `most`, with one id or all pads (-1).
   __device__ __forceinline__ Run next_run(int64_t t, int most) const {
     int64_t *const ids = reinterpret_cast<int64_t *>(shared + s.ids);
     __syncthreads();
-    if (threadIdx.x < most) {
-      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + threadIdx.x);
-      ids[threadIdx.x] = id < 0 ? -1 : id;
+    if (this_thread() < most) {
+      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + this_thread());
+      ids[this_thread()] = id < 0 ? -1 : id;
     }
     __syncthreads();
     Run run = {ids[0], 1};
@@ -350,7 +376,7 @@ struct SpanWork {
 
   // dt', decays and weights, by the first warp.
   __device__ __forceinline__ bool prepare_terms(int64_t t, int tokens) const {
-    const int i = threadIdx.x;
+    const int i = this_thread();
     if (i >= 32) return false;
     float dt = 0.0f, gamma = 0.0f, owed = 0.0f, a = 0.0f;
     if (i < tokens) {
@@ -380,33 +406,33 @@ struct SpanWork {
            not_finite(owed);
   }
 
-  // Keys (with their bias), or queries; true if one is not finite.
+  // Keys (with their bias), or queries, rank by rank; true if one is not finite.
   __device__ __forceinline__ bool stage_projection(int to, const View<5> &from, bool quads,
-                                                   const View<3> &bias_view, int bias, int64_t t,
-                                                   int steps) const {
+                                                   bool biased, int bias, int64_t t,
+                                                   int tokens) const {
     bool bad = false;
-    const bool biased = bias_view.given();
-    const auto at = [&](int step, int n) {
-      return from.at(span.row, t + token_of(step), rank_of(step), span.group, n);
-    };
-    if (quads) {
-      each_four(steps, int(p.dstate) / 4, s.log_states - 2, from.dtype, at,
-                [&](int step, int n, float4 v) {
-                  if (biased) {
-                    const float4 b = *reinterpret_cast<const float4 *>(
-                        shared + bias + rank_of(step) * s.padded + n);
-                    v.x += b.x, v.y += b.y, v.z += b.z, v.w += b.w;
-                  }
-                  bad |= not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
-                  *reinterpret_cast<float4 *>(shared + to + step * s.padded + n) = v;
-                });
-    } else {
-      each_loaded(steps, int(p.dstate), s.log_states, from.dtype, at,
-                  [&](int step, int n, float v) {
-                    if (biased) v += shared[bias + rank_of(step) * s.padded + n];
-                    bad |= not_finite(v);
-                    shared[to + step * s.padded + n] = v;
-                  });
+    for (int r = 0; r < ranks(); ++r) {
+      const Table table(from.at(span.row, t, r, span.group), from.dtype, from.stride[1],
+                        from.stride[4]);
+      const float *const add = shared + bias + r * s.padded;
+      float *const rank = shared + to + r * s.padded;
+      const int step = ranks() * s.padded;
+      if (quads) {
+        each_four(table, tokens, s.dstate / 4, s.log_states - 2, [&](int token, int n, float4 v) {
+          if (biased) {
+            const float4 b = *reinterpret_cast<const float4 *>(add + n);
+            v.x += b.x, v.y += b.y, v.z += b.z, v.w += b.w;
+          }
+          bad |= not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
+          *reinterpret_cast<float4 *>(rank + token * step + n) = v;
+        });
+      } else {
+        each_loaded(table, tokens, s.dstate, s.log_states, [&](int token, int n, float v) {
+          if (biased) v += add[n];
+          bad |= not_finite(v);
+          rank[token * step + n] = v;
+        });
+      }
     }
     return bad;
   }
@@ -416,15 +442,14 @@ struct SpanWork {
   __device__ __forceinline__ void stage_rows(const View<4> &from, bool quads, int64_t t, int tokens,
                                              const F &f) const {
     const int count = rows();
-    const auto at = [&](int token, int i) {
-      return from.at(span.row, t + token, span.head, span.first_row + i);
-    };
+    const Table table(from.at(span.row, t, span.head, span.first_row), from.dtype, from.stride[1],
+                      from.stride[3]);
     if (quads) {
-      each_four(tokens, count / 4, s.log_rows - 2, from.dtype, at, [&](int token, int i, float4 v) {
+      each_four(table, tokens, count / 4, s.log_rows - 2, [&](int token, int i, float4 v) {
         f(token, i, v.x), f(token, i + 1, v.y), f(token, i + 2, v.z), f(token, i + 3, v.w);
       });
     } else {
-      each_loaded(tokens, count, s.log_rows, from.dtype, at, f);
+      each_loaded(table, tokens, count, s.log_rows, f);
     }
     if (count < s.block_rows)
       each_cell(tokens, s.block_rows - count, s.log_rows,
@@ -462,7 +487,7 @@ struct SpanWork {
       theta()[j] = within_two(at);
     });
     __syncthreads();
-    for (int i = threadIdx.x; i < tokens * s.nangles; i += blockDim.x) {
+    for (int i = this_thread(); i < tokens * s.nangles; i += blockDim.x) {
       const float low = shared[s.cosine + i] * 3.14159265f;
       float sine, cosine;
       sincospif(shared[s.sine + i], &sine, &cosine);
@@ -471,7 +496,7 @@ struct SpanWork {
     }
     __syncthreads();
     const bool half = p.mamba3.rotary_half;
-    const int other = half ? int(p.dstate) / 2 : 1;
+    const int other = half ? s.dstate / 2 : 1;
     each_cell(steps, s.nangles, s.log_angles, [&](int step, int j) {
       const int at = token_of(step) * s.nangles + j;
       const float sine = shared[s.sine + at], cosine = shared[s.cosine + at];
@@ -486,16 +511,16 @@ struct SpanWork {
   // q^r . k^r' of each token.
   __device__ __forceinline__ void multiply_keys(int tokens) const {
     const int ranks = this->ranks(), square = ranks * ranks, warps = blockDim.x / 32;
-    for (int i = threadIdx.x / 32; i < tokens * square; i += warps) {
+    for (int i = this_thread() / 32; i < tokens * square; i += warps) {
       const int token = kSiso ? i : i / square, pair = kSiso ? 0 : i % square;
       const float *const q =
           shared + s.Q + (token * ranks + (kSiso ? 0 : pair / ranks)) * s.padded;
       const float *const k =
           shared + s.K + (token * ranks + (kSiso ? 0 : pair % ranks)) * s.padded;
       float sum = 0.0f;
-      for (int n = threadIdx.x % 32; n < p.dstate; n += 32) sum = fmaf(q[n], k[n], sum);
+      for (int n = this_thread() % 32; n < s.dstate; n += 32) sum = fmaf(q[n], k[n], sum);
       for (int off = 16; off; off >>= 1) sum += __shfl_xor_sync(~0u, sum, off);
-      if (threadIdx.x % 32 == 0) shared[s.kq + i] = sum;
+      if (this_thread() % 32 == 0) shared[s.kq + i] = sum;
     }
   }
 
@@ -504,14 +529,17 @@ struct SpanWork {
     const int steps = tokens * ranks();
     __syncthreads();
     bool bad = prepare_terms(t, tokens);
-    bad |= stage_projection(s.K, p.B, s.quads_B, p.mamba3.B_bias, s.B_bias, t, steps);
-    stage_projection(s.Q, p.C, s.quads_C, p.mamba3.C_bias, s.C_bias, t, steps);
+    const Mamba3 &m = p.mamba3;
+    bad |= stage_projection(s.K, p.B, s.quads_B, m.B_bias.given(), s.B_bias, t, tokens);
+    stage_projection(s.Q, p.C, s.quads_C, m.C_bias.given(), s.C_bias, t, tokens);
     bad |= stage_values(t, tokens);
-    if (p.angles.given())
-      each_loaded(
-          tokens, s.nangles, s.log_angles, p.angles.dtype,
-          [&](int i, int j) { return p.angles.at(span.row, t + i, span.head, j); },
-          [&](int i, int j, float v) { shared[s.sine + i * s.nangles + j] = tanhf(v); });
+    if (p.angles.given()) {
+      const Table table(p.angles.at(span.row, t, span.head), p.angles.dtype, p.angles.stride[1],
+                        p.angles.stride[3]);
+      each_loaded(table, tokens, s.nangles, s.log_angles, [&](int i, int j, float v) {
+        shared[s.sine + i * s.nangles + j] = tanhf(v);
+      });
+    }
     bad = __syncthreads_or(bad);
     if (p.angles.given()) turn_keys(tokens, steps);
     multiply_keys(tokens);
@@ -540,10 +568,10 @@ struct SpanWork {
         shared[s.Y + (token * ranks() + r) * s.block_rows + i] = output(token, r, i);
     });
     __syncthreads();
-    for (int step = threadIdx.x / 32; step < steps; step += blockDim.x / 32) {
+    for (int step = this_thread() / 32; step < steps; step += blockDim.x / 32) {
       const float scale =
-          norm_scale(shared + s.Y + step * s.block_rows, int(p.headdim), p.mamba3.norm_eps);
-      if (threadIdx.x % 32 == 0) shared[s.scales + step] = scale;
+          norm_scale(shared + s.Y + step * s.block_rows, s.headdim, p.mamba3.norm_eps);
+      if (this_thread() % 32 == 0) shared[s.scales + step] = scale;
     }
     __syncthreads();
   }
