@@ -55,7 +55,7 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
   };
   s.tokens = tokens;
   s.steps = int(tokens * m.rank);
-  const int64_t group = 8, steps = (s.steps + group - 1) / group * group;
+  const int64_t group = 4, steps = (s.steps + group - 1) / group * group;
   const int64_t keys = m.rank * s.padded, rows = m.rank * s.block_rows;
   s.states = take(s.row_tiles * s.state_tiles == 1, s.rows * int64_t(s.tile_states));
   s.K = take(true, s.steps * int64_t(s.padded));

@@ -29,7 +29,8 @@ namespace ssmk::cuda {
 
 template <int kRows, int kChunks, bool kSiso>
 struct GeneralBlock {
-  static constexpr int kGroup = 16 / kRows;  // steps whose sums over lanes are added up together
+  static constexpr int kGroup = 8 / kRows;  // steps whose sums over lanes are added up together
+  static constexpr int kSums = kGroup * kRows;
 
   const GeneralLaunch &g;
   const SsdChunkProblem &p;
@@ -171,16 +172,16 @@ struct GeneralBlock {
           state_tile);
   }
 
-  // Sums of 16 values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
+  // Sums of values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
   // half of the values; neighbours first, whatever the number of lanes.
-  __device__ __forceinline__ void sum_up(float (&y)[16], int step, int row_tile, bool add) {
+  __device__ __forceinline__ void sum_up(float (&y)[kSums], int step, int row_tile, bool add) {
     int first = 0;
-    halve<8>(y, &first);
-    if (lane >= 16) return;
+    halve<kSums / 2>(y, &first);
+    if (lane >= kSums) return;
     float *const to = shared + s.Y + row_tile * s.rows + mine * kRows;
-    const int count = 16 >> s.log_lanes;
+    const int count = kSums >> s.log_lanes;
 #pragma unroll
-    for (int j = 0; j < 16; ++j)
+    for (int j = 0; j < kSums; ++j)
       if (j == 0 || j < count) {
         const int at = first + j;
         float *const place = to + (step + at / kRows) * s.block_rows + at % kRows;
@@ -190,10 +191,12 @@ struct GeneralBlock {
 
   // While there are lanes to add: 2 kHalf values become kHalf.
   template <int kHalf>
-  __device__ __forceinline__ void halve(float (&y)[16], int *first) {
-    constexpr int kOff = 8 / (kHalf ? kHalf : 1);
+  __device__ __forceinline__ void halve(float (&y)[kSums], int *first) {
+    constexpr int kOff = kHalf ? kSums / 2 / kHalf : kSums;
     if constexpr (kHalf == 0) {
-      if (s.log_lanes == 5) y[0] += __shfl_xor_sync(~0u, y[0], 16);
+#pragma unroll
+      for (int off = kOff; off < 32; off <<= 1)
+        if (off < 1 << s.log_lanes) y[0] += __shfl_xor_sync(~0u, y[0], off);
     } else if (kOff < 1 << s.log_lanes) {
       const bool upper = lane & kOff;
 #pragma unroll
@@ -210,7 +213,7 @@ struct GeneralBlock {
   __device__ __forceinline__ void walk(int steps, int row_tile, int state_tile) {
     int token = 0, rank = 0;
     for (int first = 0; first < steps; first += kGroup) {
-      float y[16];
+      float y[kSums];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
 #pragma unroll
@@ -286,6 +289,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
   // ahead from parameters for all spans fills more registers than there are.
   __shared__ alignas(16) uint32_t copy[sizeof(GeneralLaunch) / 4];
   __shared__ Span span;
+  __shared__ Found found;
   for (int i = threadIdx.x; i < sizeof(GeneralLaunch) / 4; i += blockDim.x)
     copy[i] = reinterpret_cast<const uint32_t *>(&given)[i];
   __syncthreads();
@@ -294,7 +298,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
   const GeneralPlan &s = launch.plan;
   if (threadIdx.x == 0) span = span_of(launch);
   __syncthreads();
-  SpanWork<kSiso> work{p, s, shared, span};
+  SpanWork<kSiso> work(p, s, shared, span, found);
   if (span.pad) return work.zero_output(span.begin, span.end);
 
   Block block(launch, shared, span);
@@ -309,40 +313,41 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
     work.clear();
   }
 
-  int64_t last = -1, capture = work.next_capture(span.begin);
+  if (threadIdx.x == 0) found.last = -1;
+  work.find_capture(span.begin);
   for (int64_t t = span.begin;;) {
     const bool end = t >= span.end;
     int tokens = end ? 0 : span.end - t < s.tokens ? int(span.end - t) : s.tokens;
     if (!end && p.seqs.seq_idx.given()) {
       const Run run = work.next_run(t, tokens);
       tokens = run.tokens;
-      if (run.id < 0) {
+      if (run.pads) {
         work.zero_output(t, t + tokens);
         t += tokens;
         continue;
       }
-      if (last >= 0 && run.id != last) {
+      if (run.fresh) {
         block.clear();
         work.clear();
         careful = false;
       }
-      last = run.id;
     }
-    if (capture < t) capture = work.next_capture(t);
-    const bool captured = capture - t < tokens;
-    if (captured) tokens = int(capture - t) + 1;
+    if (found.token < t) work.find_capture(t);
+    const bool captured = found.token - t < tokens;
+    if (captured) tokens = int(found.token - t) + 1;
     if (!end) {
       careful |= work.prepare(t, tokens);
       block.run(tokens, work.has_before, careful);
       __syncthreads();
       work.finish(t, tokens);
       work.keep_last(t, tokens);
+      if (p.seqs.seq_idx.given()) work.end_run();
       t += tokens;
     }
     // The states after this token, or after all.
     const HeadStates &to = end ? p.final : p.captured;
-    for (int64_t i = end ? 0 : captured ? work.capture_of(capture, 0) : p.ncaptures;
-         i < (end ? 1 : p.ncaptures); i = end ? 1 : work.capture_of(capture, i + 1)) {
+    for (int64_t i = end ? 0 : captured ? work.next_capture(0) : kNever; i != kNever;
+         i = end ? kNever : work.next_capture(i + 1)) {
       const int64_t entry = end ? span.slot : i;
       block.write_states(to.h, entry);
       work.write_small(to, entry);

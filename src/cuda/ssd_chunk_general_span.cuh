@@ -40,9 +40,15 @@ struct Span {
   bool pad, has_initial;
 };
 
+// In shared memory: the next token that is captured, one of its captures, and the id of the last
+// token.
+struct Found {
+  int64_t token, capture, last;
+};
+
 struct Run {
-  int64_t id;
   int tokens;
+  bool pads, fresh;  // fresh: a sequence starts
 };
 
 // Of a token, for the walk.
@@ -191,12 +197,13 @@ struct SpanWork {
   const GeneralPlan &s;
   float *const shared;
   const Span &span;  // in shared memory
+  Found &found;
   bool has_before = false;  // k_before and v_before are those of a token
   bool turned = false;      // theta has seen a token; before, it is as the caller gave it
 
   __device__ __forceinline__ SpanWork(const SsdChunkProblem &problem, const GeneralPlan &plan,
-                                      float *memory, const Span &here)
-      : p(problem), s(plan), shared(memory), span(here) {}
+                                      float *memory, const Span &here, Found &captures)
+      : p(problem), s(plan), shared(memory), span(here), found(captures) {}
 
   __device__ __forceinline__ int ranks() const { return kSiso ? 1 : s.rank; }
   __device__ __forceinline__ int token_of(int step) const { return kSiso ? step : step / s.rank; }
@@ -328,48 +335,51 @@ struct SpanWork {
 
   // ---- Captures and runs
 
-  // The least of all threads' values.
-  __device__ __forceinline__ int64_t least(int64_t value) const {
-    __shared__ unsigned long long best;
+  // The least of all threads' values, in shared memory.
+  __device__ __forceinline__ int64_t least(int64_t *to, int64_t value) const {
+    unsigned long long *const best = reinterpret_cast<unsigned long long *>(to);
     __syncthreads();
-    if (this_thread() == 0) best = kNever;
+    if (this_thread() == 0) *best = kNever;
     __syncthreads();
-    if (value < kNever) atomicMin(&best, (unsigned long long)value);
+    if (value < kNever) atomicMin(best, (unsigned long long)value);
     __syncthreads();
-    return int64_t(best);
+    return *to;
   }
 
-  // The first captured token from t on.
-  __device__ __forceinline__ int64_t next_capture(int64_t t) const {
-    if (p.ncaptures == 0) return kNever;
+  // Puts the first captured token from t on into `found`.
+  __device__ __forceinline__ void find_capture(int64_t t) const {
     int64_t first = kNever;
     for (int64_t i = this_thread(); i < p.ncaptures; i += blockDim.x) {
       const int64_t at = read_index(p.capture_positions, i) - span.row * p.seqlen;
       if (at >= t && at < span.end && at < first) first = at;
     }
-    return least(first);
+    least(&found.token, first);
   }
 
-  // The first capture of token t, from number i on.
-  __device__ __forceinline__ int64_t capture_of(int64_t t, int64_t i) const {
+  // The first capture of that token, from number i on.
+  __device__ __forceinline__ int64_t next_capture(int64_t i) const {
     int64_t first = kNever;
     for (i += this_thread(); i < p.ncaptures && first == kNever; i += blockDim.x)
-      if (read_index(p.capture_positions, i) == span.row * p.seqlen + t) first = i;
-    return least(first);
+      if (read_index(p.capture_positions, i) == span.row * p.seqlen + found.token) first = i;
+    return least(&found.capture, first);
   }
 
-  // Tokens from t on, at most `most`, with one id or all pads (-1).
+  // Tokens from t on, at most `most`, with one id or all pads.
   __device__ __forceinline__ Run next_run(int64_t t, int most) const {
     int64_t *const ids = reinterpret_cast<int64_t *>(shared + s.ids);
     __syncthreads();
-    if (this_thread() < most) {
-      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + this_thread());
-      ids[this_thread()] = id < 0 ? -1 : id;
+    const int i = this_thread();
+    if (i < most) {
+      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + i);
+      ids[i] = id < 0 ? -1 : id;
     }
     __syncthreads();
-    Run run = {ids[0], 1};
-    while (run.tokens < most && ids[run.tokens] == run.id) ++run.tokens;
+    Run run = {1, ids[0] < 0, found.last >= 0 && ids[0] != found.last};
+    while (run.tokens < most && ids[run.tokens] == ids[0]) ++run.tokens;
     return run;
+  }
+  __device__ __forceinline__ void end_run() const {
+    if (this_thread() == 0) found.last = *reinterpret_cast<const int64_t *>(shared + s.ids);
   }
 
   // ---- Before the walk
