@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMostGrid = 65535;           // blocks along y and z
 constexpr int64_t kPlainShared = 48 << 10;     // bytes of shared memory that need no asking
-constexpr int64_t kMuchShared = 96 << 10;      // beyond it spans get shorter
+constexpr int64_t kMuchShared = 112 << 10;      // beyond it spans get shorter
 constexpr int kUsualThreads = 256;
 
 int log_of(int64_t n) {
@@ -28,12 +28,13 @@ struct Shape {
   int tile_states() const { return chunks * 4 << log_lanes; }
 };
 
+// Three fours a thread where that leaves fewer threads without work, or where two are too few.
 Shape shape_of(int64_t dstate) {
   const int64_t packs = dstate < 1 ? 1 : (dstate + 3) / 4;
-  if (packs > 96) return {4, 5, int((packs + 127) / 128)};
   const int two = log_of((packs + 1) / 2), three = log_of((packs + 2) / 3);
-  if (two > 5 || int64_t(3) << three < int64_t(2) << two) return {3, three, 1};
-  return {2, two, 1};
+  if (three <= 5 && (two > 5 || int64_t(3) << three < int64_t(2) << two)) return {3, three, 1};
+  if (two <= 5) return {2, two, 1};
+  return {2, 5, int((packs + 63) / 64)};
 }
 
 // A head that is one block's: its norm is over all rows, or its angles and keys, which all rows
@@ -62,14 +63,25 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
   s.Q = take(true, s.steps * int64_t(s.padded));
   s.U = take(true, s.steps * int64_t(s.block_rows));
   s.Y = take(true, steps * s.block_rows);
-  s.z = take(p.z.given(), tokens * int64_t(s.block_rows));
+  s.zs = take(p.z.given(), tokens * int64_t(s.block_rows));
+  // Room for it whether it comes ahead or not: a span is as long either way.
+  const auto ahead = [&](Ahead &to, const auto &v, int64_t lines, int64_t columns) {
+    const int64_t pitch = (columns * size_of(v.dtype) + 15) / 16 * 16;
+    to.pitch = int(pitch);
+    to.at = take(v.given(), lines * pitch / 4);
+  };
+  ahead(s.B, p.B, s.steps, p.dstate);
+  ahead(s.C, p.C, s.steps, p.dstate);
+  ahead(s.x, p.x, tokens, s.block_rows);
+  ahead(s.z, p.z, tokens, s.block_rows);
+  ahead(s.angles, p.angles, tokens, m.nangles);
   s.kq = take(true, s.steps * m.rank);
   s.sine = take(p.angles.given(), tokens * m.nangles);
   s.cosine = take(p.angles.given(), tokens * m.nangles);
   s.theta = take(p.angles.given(), 2 * m.nangles);
   s.raw_theta = take(p.angles.given(), m.nangles);
   s.k_before = take(p.trap.given(), keys);
-  s.v_before = take(p.trap.given(), s.block_rows);
+  s.v_before = take(p.trap.given(), 2 * int64_t(s.block_rows));
   s.psi = take(m.mimo_x.given(), rows);
   s.zeta = take(m.mimo_z.given(), rows);
   s.phi = take(m.mimo_out.given(), rows);
@@ -77,10 +89,9 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
   s.norm = take(m.norm_weight.given(), s.block_rows);
   s.B_bias = take(m.B_bias.given(), keys);
   s.C_bias = take(m.C_bias.given(), keys);
-  s.terms = take(true, tokens * int64_t(sizeof(TokenTerms) / sizeof(float)));
-  s.gamma = take(true, tokens);
-  s.owed = take(true, tokens);
-  s.dt = take(true, tokens);
+  s.terms = take(true, kTermTokens * int64_t(sizeof(TokenTerms) / sizeof(float)));
+  s.owed = take(true, kTermTokens);
+  s.dt = take(true, kTermTokens);
   s.scales = take(m.norm_weight.given(), s.steps);
   s.ids = take(p.seqs.seq_idx.given(), 2 * tokens);
   return used * int64_t(sizeof(float));
@@ -113,7 +124,7 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t *shared) {
   s.log_rows = log_of(s.block_rows);
   s.log_states = log_of(p.dstate < 4 ? 4 : p.dstate);
   s.log_tile = log_of(s.tile_states);
-  s.log_angles = log_of(s.nangles);
+  s.log_angles = log_of(s.nangles < 4 ? 4 : s.nangles);
   s.has_psi = p.mamba3.mimo_x.given();
   int tokens = s.rank >= kGeneralTokens ? 1 : kGeneralTokens / s.rank;
   while ((*shared = lay_out(p, tokens, &s)) > kMuchShared && tokens > 1) tokens = (tokens + 1) / 2;
@@ -152,11 +163,8 @@ ssmk_status run_shape(const GeneralLaunch &launch, int64_t shared, const Call &c
 
 template <bool kSiso>
 ssmk_status run_ranks(const GeneralLaunch &g, int64_t shared, const Call &call) {
-  switch (shape_of(g.p.dstate).chunks) {
-    case 2: return run_shape<4, 2, kSiso>(g, shared, call);
-    case 3: return run_shape<2, 3, kSiso>(g, shared, call);
-    default: return run_shape<2, 4, kSiso>(g, shared, call);
-  }
+  return shape_of(g.p.dstate).chunks == 2 ? run_shape<4, 2, kSiso>(g, shared, call)
+                                          : run_shape<2, 3, kSiso>(g, shared, call);
 }
 
 const char *refuses(const SsdChunkProblem &, int) { return nullptr; }
@@ -166,13 +174,16 @@ ssmk_status run(const SsdChunkProblem &p, const Call &call) {
   int64_t shared = 0;
   g.p = p;
   g.plan = plan_of(p, &shared);
-  const auto quads = [](const auto &v, int axis, int64_t size) {
-    return v.given() && size % 4 == 0 && packs_of(v, axis, 4);
+  const auto ahead = [](const auto &v, int axis, int64_t size, int64_t first) {
+    const int64_t item = size_of(v.dtype);
+    return v.given() && size * item % 16 == 0 && first * item % 16 == 0 && packs_along(v, axis, 16);
   };
-  g.plan.quads_x = quads(p.x, 3, p.headdim);
-  g.plan.quads_z = quads(p.z, 3, p.headdim);
-  g.plan.quads_B = quads(p.B, 4, p.dstate);
-  g.plan.quads_C = quads(p.C, 4, p.dstate);
+  const int64_t slice = g.plan.slices > 1 ? g.plan.block_rows : 0;
+  g.plan.B.given = ahead(p.B, 4, p.dstate, 0);
+  g.plan.C.given = ahead(p.C, 4, p.dstate, 0);
+  g.plan.x.given = ahead(p.x, 3, p.headdim, slice);
+  g.plan.z.given = ahead(p.z, 3, p.headdim, slice);
+  g.plan.angles.given = ahead(p.angles, 3, p.mamba3.nangles, 0);
   return p.mamba3.rank == 1 ? run_ranks<true>(g, shared, call) : run_ranks<false>(g, shared, call);
 }
 

@@ -37,7 +37,7 @@ struct GeneralBlock {
   const GeneralPlan &s;
   float *const shared;
   const Span &span;  // in shared memory
-  int lane, mine;        // of a row; the row of threads
+  int lane, mine, chunk_log;   // of a row; the row of threads; of the states between two fours
   float h[kRows][kChunks][4];  // during a walk
 
   __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory,
@@ -46,9 +46,6 @@ struct GeneralBlock {
 
   // ---- States, between walks: a tile's are the registers of its threads, in fours
 
-  __device__ __forceinline__ int state_at(int tile, int c) const {
-    return tile * s.tile_states + ((c << s.log_lanes) + lane) * 4;
-  }
   __device__ __forceinline__ int tiles() const { return s.row_tiles * s.state_tiles; }
   __device__ __forceinline__ int tile_floats() const { return blockDim.x * kRows * kChunks * 4; }
 
@@ -120,20 +117,21 @@ struct GeneralBlock {
 
   // ---- Tokens
 
-  // h <- h + coefficient row^T, for the rows of the thread.
+  // h <- h + (weight u) key^T, for the rows and states of the thread.
   template <bool kCareful>
-  __device__ __forceinline__ void add_product(const float *keys, float weight, const float *values,
-                                              int state_tile) {
+  __device__ __forceinline__ void add_product(const float *keys, float weight,
+                                              const float (&values)[kRows], int state) {
     float u[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) u[r] = __fmul_rn(weight, values[r]);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const float4 k4 = *reinterpret_cast<const float4 *>(keys + state_at(state_tile, c));
+      const float4 k4 = *reinterpret_cast<const float4 *>(keys + (c << chunk_log));
       const float k[4] = {k4.x, k4.y, k4.z, k4.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (kCareful && state_at(state_tile, c) + e >= s.dstate) continue;
+        // States past the end are left out, not multiplied by a padded 0.
+        if (kCareful && state + (c << chunk_log) + e >= s.dstate) continue;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
       }
@@ -151,25 +149,23 @@ struct GeneralBlock {
   }
 
   template <bool kCareful>
-  __device__ __forceinline__ void advance(int token, int row_tile, int state_tile) {
-    const TokenTerms terms = reinterpret_cast<const TokenTerms *>(shared + s.terms)[token];
+  __device__ __forceinline__ void decay(const TokenTerms &term) {
     if (kCareful) {
       // What is infinite stays so, and what is not has the bits that it has below.
       each([&](float &v) {
-        v = terms.slow && !not_finite(v) ? fmaf(terms.decay_less_1, v, v)
-                                         : __fmul_rn(terms.decay, v);
+        v = term.slow() && !not_finite(v) ? fmaf(term.decay_less_1, v, v)
+                                          : __fmul_rn(term.decay, v);
       });
-    } else if (terms.slow) {
-      each([&](float &v) { v = fmaf(terms.decay_less_1, v, v); });
+    } else if (term.slow()) {
+      each([&](float &v) { v = fmaf(term.decay_less_1, v, v); });
     } else {
-      each([&](float &v) { v = __fmul_rn(terms.decay, v); });
+      each([&](float &v) { v = __fmul_rn(term.decay, v); });
     }
-    const int ranks = kSiso ? 1 : s.rank;
-    for (int r = 0; r < ranks; ++r)
-      add_product<kCareful>(
-          shared + s.K + (token * ranks + r) * s.padded, terms.write,
-          shared + s.U + (token * ranks + r) * s.block_rows + row_tile * s.rows + mine * kRows,
-          state_tile);
+  }
+
+  __device__ __forceinline__ void read_rows(const float *from, float (&to)[kRows]) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) to[r] = from[r];
   }
 
   // Sums of values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
@@ -210,8 +206,14 @@ struct GeneralBlock {
   }
 
   template <bool kCareful>
-  __device__ __forceinline__ void walk(int steps, int row_tile, int state_tile) {
-    int token = 0, rank = 0;
+  __device__ __forceinline__ void walk(int tokens, const TokenTerms *terms, int row_tile,
+                                       int state_tile) {
+    // Copies: what stands in shared memory may change with every store.
+    const int padded = s.padded, block_rows = s.block_rows, ranks = kSiso ? 1 : s.rank;
+    const int state = state_tile * s.tile_states + lane * 4, steps = tokens * ranks;
+    const float *queries = shared + s.Q + state, *keys = shared + s.K + state;
+    const float *values = shared + s.U + row_tile * s.rows + mine * kRows;
+    int rank = 0, left = tokens;
     for (int first = 0; first < steps; first += kGroup) {
       float y[kSums];
 #pragma unroll
@@ -219,23 +221,30 @@ struct GeneralBlock {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) y[i * kRows + r] = 0.0f;
         if (first + i >= steps) continue;
-        const float *const queries = shared + s.Q + (first + i) * s.padded;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-          const float4 q4 = *reinterpret_cast<const float4 *>(queries + state_at(state_tile, c));
+          const float4 q4 = *reinterpret_cast<const float4 *>(queries + (c << chunk_log));
           const float q[4] = {q4.x, q4.y, q4.z, q4.w};
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            // States past the end are dropped, not multiplied by a padded 0.
-            if (kCareful && state_at(state_tile, c) + e >= s.dstate) continue;
+            if (kCareful && state + (c << chunk_log) + e >= s.dstate) continue;
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
               y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
           }
         }
-        if (kSiso || ++rank == s.rank) {
-          advance<kCareful>(token++, row_tile, state_tile);
-          rank = 0;
+        queries += padded;
+        if (!kSiso && ++rank < ranks) continue;
+        rank = 0;
+        const TokenTerms term = *terms++;
+        decay<kCareful>(term);
+        // The span's last token leaves what the next one owes to be added when that comes.
+        const float write = --left ? term.write : term.gamma;
+        for (int k = 0; k < ranks; ++k) {
+          float u[kRows];
+          read_rows(values, u);
+          add_product<kCareful>(keys, write, u, state);
+          keys += padded, values += block_rows;
         }
       }
       sum_up(y, first, row_tile, state_tile > 0);
@@ -244,34 +253,37 @@ struct GeneralBlock {
 
   // What the span's first token owes to the one before it.
   template <bool kCareful>
-  __device__ __forceinline__ void add_before(int row_tile, int state_tile) {
-    const float share = shared[s.owed];
-    const int ranks = kSiso ? 1 : s.rank;
+  __device__ __forceinline__ void add_before(float share, const float *v, int row_tile,
+                                             int state_tile) {
+    const int row = row_tile * s.rows + mine * kRows, ranks = kSiso ? 1 : s.rank;
+    const int state = state_tile * s.tile_states + lane * 4;
     for (int i = 0; i < ranks; ++i) {
       float u[kRows];
-      const int row = row_tile * s.rows + mine * kRows;
+      read_rows(v + row, u);
+      if (s.has_psi)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float v = shared[s.v_before + row + r];
-        u[r] = s.has_psi ? __fmul_rn(v, shared[s.psi + i * s.block_rows + row + r]) : v;
-      }
-      add_product<kCareful>(shared + s.k_before + i * s.padded, share, u, state_tile);
+        for (int r = 0; r < kRows; ++r)
+          u[r] = __fmul_rn(u[r], shared[s.psi + i * s.block_rows + row + r]);
+      add_product<kCareful>(shared + s.k_before + i * s.padded + state, share, u, state);
     }
   }
 
-  // All tokens of a span; before says that there is a token before it.
-  __device__ __forceinline__ void run(int tokens, bool before, bool careful) {
-    const int steps = kSiso ? tokens : tokens * s.rank, thread = this_thread();
+  // All tokens of a span, after `work` has prepared them.
+  __device__ __forceinline__ void run(int tokens, const SpanWork<kSiso> &work) {
+    const int thread = this_thread();
+    chunk_log = s.log_lanes + 2;
     lane = thread & ((1 << s.log_lanes) - 1), mine = thread >> s.log_lanes;
+    const bool before = work.flags.has_before && p.trap.given();
+    const float share = before ? shared[s.owed + work.first_term] : 0.0f;
     for (int i = 0; i < s.row_tiles; ++i)
       for (int j = 0; j < s.state_tiles; ++j) {
         bring(tile(i, j));
-        if (careful) {
-          if (before) add_before<true>(i, j);
-          walk<true>(steps, i, j);
+        if (work.flags.careful) {
+          if (before) add_before<true>(share, work.v_before(), i, j);
+          walk<true>(tokens, work.terms(), i, j);
         } else {
-          if (before) add_before<false>(i, j);
-          walk<false>(steps, i, j);
+          if (before) add_before<false>(share, work.v_before(), i, j);
+          walk<false>(tokens, work.terms(), i, j);
         }
         put_back(tile(i, j));
       }
@@ -303,11 +315,9 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
 
   Block block(launch, shared, span);
   work.read_parameters();
-  // Sticky: where something was not finite, the states may not be until they are cleared.
-  bool careful = false;
   if (span.has_initial) {
     const bool bad = work.read_initial();
-    careful = __syncthreads_or(block.read_initial() || bad);
+    work.flags.careful = __syncthreads_or(block.read_initial() || bad) != 0;
   } else {
     block.clear();
     work.clear();
@@ -315,34 +325,40 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
 
   if (threadIdx.x == 0) found.last = -1;
   work.find_capture(span.begin);
-  for (int64_t t = span.begin;;) {
-    const bool end = t >= span.end;
-    int tokens = end ? 0 : span.end - t < s.tokens ? int(span.end - t) : s.tokens;
+  for (;;) {
+    __syncthreads();
+    const bool end = span.begin >= span.end;
+    int tokens = end ? 0 : span.end - span.begin < s.tokens ? int(span.end - span.begin) : s.tokens;
     if (!end && p.seqs.seq_idx.given()) {
-      const Run run = work.next_run(t, tokens);
+      const Run run = work.next_run(span.begin, tokens);
       tokens = run.tokens;
       if (run.pads) {
-        work.zero_output(t, t + tokens);
-        t += tokens;
+        work.zero_output(span.begin, span.begin + tokens);
+        work.skip(tokens);
+        __syncthreads();
+        if (threadIdx.x == 0) span.begin += tokens;
         continue;
       }
       if (run.fresh) {
         block.clear();
         work.clear();
-        careful = false;
       }
     }
-    if (found.token < t) work.find_capture(t);
-    const bool captured = found.token - t < tokens;
-    if (captured) tokens = int(found.token - t) + 1;
+    if (found.token < span.begin) work.find_capture(span.begin);
+    const bool captured = found.token - span.begin < tokens;
+    if (captured) tokens = int(found.token - span.begin) + 1;
     if (!end) {
-      careful |= work.prepare(t, tokens);
-      block.run(tokens, work.has_before, careful);
+      // Where something was not finite the states may not be either, until they are cleared.
+      if (work.prepare(tokens)) work.flags.careful = 1;
+      block.run(tokens, work);
       __syncthreads();
-      work.finish(t, tokens);
-      work.keep_last(t, tokens);
-      if (p.seqs.seq_idx.given()) work.end_run();
-      t += tokens;
+      work.finish(tokens);
+      work.keep_last(tokens);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        span.begin += tokens;
+        if (p.seqs.seq_idx.given()) found.last = work.id();
+      }
     }
     // The states after this token, or after all.
     const HeadStates &to = end ? p.final : p.captured;

@@ -10,7 +10,15 @@ namespace ssmk::cuda {
 
 constexpr int kGeneralThreads = 256;   // at most
 constexpr int kGeneralTokens = 16;     // of a span, at most
+constexpr int kTermTokens = 128;       // whose decays and weights are made together
 constexpr int64_t kNever = INT64_MAX;  // a token that does not come
+
+// A tensor's part of a span, which comes to shared memory while the span before is walked: rows of
+// `pitch` bytes from float number `at` on.
+struct Ahead {
+  bool given;
+  int at, pitch;
+};
 
 // The cut of a call.  Offsets into shared memory count floats and are multiples of 4.
 struct GeneralPlan {
@@ -21,9 +29,10 @@ struct GeneralPlan {
   int tokens, steps;             // of a span; a step is a rank of a token
   int headdim, dstate, rank, nangles;
   int log_rows, log_states, log_angles, log_tile;  // of the powers of two that hold a row of work
-  bool has_psi, quads_x, quads_z, quads_B, quads_C;
-  int states, K, Q, U, Y, z, kq, sine, cosine, theta, raw_theta, k_before, v_before;
-  int psi, zeta, phi, D, norm, B_bias, C_bias, terms, gamma, owed, dt, scales, ids;
+  bool has_psi;
+  Ahead B, C, x, z, angles;
+  int states, K, Q, U, Y, zs, kq, sine, cosine, theta, raw_theta, k_before, v_before;
+  int psi, zeta, phi, D, norm, B_bias, C_bias, terms, owed, dt, scales, ids;
 };
 
 struct GeneralLaunch {
@@ -34,7 +43,7 @@ struct GeneralLaunch {
 
 // One block's work.
 struct Span {
-  int64_t row, begin, end, slot, head, group;
+  int64_t row, begin, end, slot, head, group;  // begin: of the tokens that are left
   int64_t block;  // number of it in the whole call
   int first_row;
   bool pad, has_initial;
@@ -53,8 +62,12 @@ struct Run {
 
 // Of a token, for the walk.
 struct alignas(16) TokenTerms {
-  float decay, decay_less_1, write;
-  bool slow;
+  float decay, decay_less_1;
+  float write;  // what its product is multiplied by, with what the next token owes to it
+  float gamma;  // without that
+
+  // Multiplied as h + (d - 1) h.
+  __device__ __forceinline__ bool slow() const { return fabsf(decay_less_1) < 0.5f; }
 };
 
 __device__ __forceinline__ bool not_finite(float v) {
@@ -90,24 +103,10 @@ __device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
   return s;
 }
 
-// Four neighbours, aligned to the bytes that they fill; 0 if they are not here.
-__device__ __forceinline__ uint4 load_four(const char *p, DType dtype, bool here) {
-  uint4 bits;
-  asm volatile(
-      "{\n.reg .pred wide, narrow;\nsetp.eq.u32 wide, %5, 2;\nsetp.eq.u32 narrow, %5, 1;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@wide ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-      "@narrow ld.global.v2.b32 {%0, %1}, [%4];\n}"
-      : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
-      : "l"(p), "r"(uint32_t(!here ? 0 : dtype == DType::kF32 ? 2 : 1))
-      : "memory");
-  return bits;
-}
-
-__device__ __forceinline__ float4 four_values(uint4 bits, DType dtype) {
-  if (dtype == DType::kF32)
-    return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-            __uint_as_float(bits.w)};
+// Four neighbours in shared memory, aligned to the bytes that they fill.
+__device__ __forceinline__ float4 read_four(const char *p, DType dtype) {
+  if (dtype == DType::kF32) return *reinterpret_cast<const float4 *>(p);
+  const uint2 bits = *reinterpret_cast<const uint2 *>(p);
   const float2 a = two_values({bits.x, 0}, dtype), b = two_values({bits.y, 0}, dtype);
   return {a.x, a.y, b.x, b.y};
 }
@@ -169,28 +168,6 @@ __device__ __forceinline__ void each_loaded(const Table &from, int rows, int col
   }
 }
 
-// In fours of neighbours: `columns` of them.
-template <class Put>
-__device__ __forceinline__ void each_four(const Table &from, int rows, int columns, int log,
-                                          const Put &put) {
-  constexpr int kAtOnce = 4;
-  const int count = rows << log;
-#pragma unroll 1
-  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
-    uint4 bits[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      bits[j] = load_four(from.at(row, 4 * column), from.dtype, i < count && column < columns);
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) put(row, 4 * column, four_values(bits[j], from.dtype));
-    }
-  }
-}
-
 template <bool kSiso>
 struct SpanWork {
   const SsdChunkProblem &p;
@@ -198,8 +175,16 @@ struct SpanWork {
   float *const shared;
   const Span &span;  // in shared memory
   Found &found;
-  bool has_before = false;  // k_before and v_before are those of a token
-  bool turned = false;      // theta has seen a token; before, it is as the caller gave it
+  // In one register.
+  struct Flags {
+    unsigned has_before : 1;  // k_before and v_before are those of a token
+    unsigned turned : 1;      // theta has seen a token; before, it is as the caller gave it
+    unsigned terms_bad : 1;   // terms that are there are not all finite
+    unsigned sent : 1;        // for the next token and some after it
+    unsigned parity : 1;      // which of two v_before it is
+    unsigned careful : 1;     // states may not be finite
+  } flags = {};
+  int first_term = 0, nterms = 0;  // the next token's, of those that are there
 
   __device__ __forceinline__ SpanWork(const SsdChunkProblem &problem, const GeneralPlan &plan,
                                       float *memory, const Span &here, Found &captures)
@@ -212,6 +197,12 @@ struct SpanWork {
   __device__ __forceinline__ int rows() const {
     const int left = s.headdim - span.first_row;
     return left < s.block_rows ? left : s.block_rows;
+  }
+  __device__ __forceinline__ float *v_before() const {
+    return shared + s.v_before + flags.parity * s.block_rows;
+  }
+  __device__ __forceinline__ const TokenTerms *terms() const {
+    return reinterpret_cast<const TokenTerms *>(shared + s.terms) + first_term;
   }
   __device__ __forceinline__ double *theta() const {
     return reinterpret_cast<double *>(shared + s.theta);
@@ -273,7 +264,7 @@ struct SpanWork {
   }
   template <class F>
   __device__ __forceinline__ void each_value(const F &f) const {
-    for (int i = this_thread(); i < s.block_rows; i += blockDim.x) f(shared[s.v_before + i], i);
+    for (int i = this_thread(); i < s.block_rows; i += blockDim.x) f(v_before()[i], i);
   }
   template <class F>
   __device__ __forceinline__ void each_angle(const F &f) const {
@@ -286,7 +277,7 @@ struct SpanWork {
   }
 
   __device__ __forceinline__ void clear() {
-    has_before = turned = false;
+    flags.has_before = flags.turned = flags.careful = 0;
     each_angle([&](int j) { set_angle(j, 0.0f); });
   }
 
@@ -297,8 +288,8 @@ struct SpanWork {
     clear();
     if (from.angle.given())
       each_angle([&](int j) { set_angle(j, load_at(from.angle, span.slot, span.head, j)); });
-    has_before = from.k.given() || from.v.given();
-    if (!has_before) return bad;
+    flags.has_before = from.k.given() || from.v.given();
+    if (!flags.has_before) return bad;
     each_key([&](float &k, int r, int n) {
       k = from.k.given() ? load_at(from.k, span.slot, r, span.head, n) : 0.0f;
       bad |= not_finite(k);
@@ -316,7 +307,7 @@ struct SpanWork {
     if (to.angle.given() && first)
       each_angle([&](int j) {
         float radians = shared[s.raw_theta + j];
-        if (turned) {
+        if (flags.turned) {
           radians = float(theta()[j] * 3.14159265358979323846);
           if (radians >= kTwoPi) radians = 0.0f;
         }
@@ -324,12 +315,12 @@ struct SpanWork {
       });
     if (to.k.given() && first)
       each_key([&](float &k, int r, int n) {
-        store_at(to.k, has_before ? k : 0.0f, entry, r, span.head, n);
+        store_at(to.k, flags.has_before ? k : 0.0f, entry, r, span.head, n);
       });
     if (to.v.given())
       each_value([&](float &v, int i) {
         if (i < rows())
-          store_at(to.v, has_before ? v : 0.0f, entry, span.head, span.first_row + i);
+          store_at(to.v, flags.has_before ? v : 0.0f, entry, span.head, span.first_row + i);
       });
   }
 
@@ -378,89 +369,150 @@ struct SpanWork {
     while (run.tokens < most && ids[run.tokens] == ids[0]) ++run.tokens;
     return run;
   }
-  __device__ __forceinline__ void end_run() const {
-    if (this_thread() == 0) found.last = *reinterpret_cast<const int64_t *>(shared + s.ids);
+  __device__ __forceinline__ int64_t id() const {
+    return *reinterpret_cast<const int64_t *>(shared + s.ids);
   }
 
   // ---- Before the walk
 
-  // dt', decays and weights, by the first warp.
-  __device__ __forceinline__ bool prepare_terms(int64_t t, int tokens) const {
-    const int i = this_thread();
-    if (i >= 32) return false;
-    float dt = 0.0f, gamma = 0.0f, owed = 0.0f, a = 0.0f;
-    if (i < tokens) {
-      dt = load_at(p.dt, span.row, t + i, span.head);
-      if (p.dt_bias.given()) dt += load_at(p.dt_bias, span.head);
+  // Decays and weights of tokens from t on.
+  __device__ __forceinline__ void make_terms(int64_t t) {
+    const int count = span.end - t < kTermTokens ? int(span.end - t) : kTermTokens;
+    TokenTerms *const terms = reinterpret_cast<TokenTerms *>(shared + s.terms);
+    const bool trap = p.trap.given();
+    bool bad = false;
+    first_term = 0, nterms = count;
+    for (int i = this_thread(); i < count; i += blockDim.x) {
+      // All are under way before one is used.
+      const uint32_t dt_bits = load_given(p.dt.at(span.row, t + i, span.head), p.dt.dtype),
+                     bias = load_given(p.dt_bias.at(span.head), p.dt_bias.dtype),
+                     rate = load_given(p.A.at(span.head), p.A.dtype),
+                     adt = load_given(p.adt.at(span.row, t + i, span.head), p.adt.dtype),
+                     logit = load_given(p.trap.at(span.row, t + i, span.head), p.trap.dtype);
+      float dt = value_of(dt_bits, p.dt.dtype);
+      if (p.dt_bias.given()) dt += value_of(bias, p.dt_bias.dtype);
       dt = transform_dt(p.dt_transform, dt);
-      gamma = dt;
-      if (p.trap.given()) {
-        const Trapezoid f =
-            trapezoid(p.mamba3.trap_sigmoid, load_at(p.trap, span.row, t + i, span.head));
-        gamma = __fmul_rn(f.now, dt), owed = __fmul_rn(f.then, dt);
+      float owed = 0.0f;
+      TokenTerms term;
+      term.gamma = dt;
+      if (trap) {
+        const Trapezoid f = trapezoid(p.mamba3.trap_sigmoid, value_of(logit, p.trap.dtype));
+        term.gamma = __fmul_rn(f.now, dt), owed = __fmul_rn(f.then, dt);
       }
-      a = p.adt.given() ? load_at(p.adt, span.row, t + i, span.head)
-                        : __fmul_rn(dt, load_at(p.A, span.head));
+      term.write = term.gamma;
+      const float a = p.adt.given() ? value_of(adt, p.adt.dtype)
+                                    : __fmul_rn(dt, value_of(rate, p.A.dtype));
+      term.decay = expf(a);
+      term.decay_less_1 = expm1f(a);
+      bad |= not_finite(term.decay) || not_finite(term.gamma) || not_finite(owed);
+      terms[i] = term;
+      shared[s.owed + i] = owed, shared[s.dt + i] = dt;
     }
-    const float next = __shfl_down_sync(~0u, owed, 1);
-    if (i >= tokens) return false;
-    TokenTerms terms;
-    terms.decay = expf(a);
-    terms.decay_less_1 = expm1f(a);
-    terms.slow = fabsf(a) < 0.69f;
-    // The span's last token leaves what the next one owes to be added when that comes.
-    terms.write = i + 1 < tokens ? gamma + next : gamma;
-    reinterpret_cast<TokenTerms *>(shared + s.terms)[i] = terms;
-    shared[s.gamma + i] = gamma, shared[s.owed + i] = owed, shared[s.dt + i] = dt;
-    return not_finite(terms.decay) || not_finite(terms.write) || not_finite(gamma) ||
-           not_finite(owed);
+    flags.terms_bad = __syncthreads_or(bad) != 0;
+    if (trap)
+      for (int i = this_thread(); i + 1 < count; i += blockDim.x)
+        terms[i].write = terms[i].gamma + shared[s.owed + i + 1];
+  }
+
+  // ---- Tensors on their way to shared memory
+
+  // `width` bytes of `rows` rows, in sixteens.
+  __device__ __forceinline__ void copy_rows(const Ahead &to, int skip, int pitch, const Table &from,
+                                            int rows, int width) const {
+    char *const base = reinterpret_cast<char *>(shared + to.at) + skip;
+    const int chunks = width / 16;
+    for (int i = this_thread(); i < rows * chunks; i += blockDim.x) {
+      const int row = i / chunks, at = i % chunks * 16;
+      copy_ahead(base + row * pitch + at, from.data + row * from.row + at);
+    }
+  }
+
+  __device__ __forceinline__ Table table_of(const View<5> &v, int64_t t, int r) const {
+    return Table(v.at(span.row, t, r, span.group), v.dtype, v.stride[1], v.stride[4]);
+  }
+  __device__ __forceinline__ Table table_of(const View<4> &v, int64_t t) const {
+    return Table(v.at(span.row, t, span.head, span.first_row), v.dtype, v.stride[1], v.stride[3]);
+  }
+  __device__ __forceinline__ Table angles_at(int64_t t) const {
+    return Table(p.angles.at(span.row, t, span.head), p.angles.dtype, p.angles.stride[1],
+                 p.angles.stride[3]);
+  }
+
+  __device__ __forceinline__ void copy_projection(const Ahead &to, const View<5> &v, int64_t t,
+                                                  int tokens) const {
+    if (!to.given) return;
+    for (int r = 0; r < ranks(); ++r)
+      copy_rows(to, r * to.pitch, ranks() * to.pitch, table_of(v, t, r), tokens,
+                s.dstate * int(size_of(v.dtype)));
+  }
+
+  // Sends for the tokens of a span.
+  __device__ __forceinline__ void send_for(int64_t t) {
+    const int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
+    flags.sent = true;
+    copy_projection(s.B, p.B, t, tokens);
+    copy_projection(s.C, p.C, t, tokens);
+    if (s.x.given)
+      copy_rows(s.x, 0, s.x.pitch, table_of(p.x, t), tokens, rows() * int(size_of(p.x.dtype)));
+    if (s.z.given)
+      copy_rows(s.z, 0, s.z.pitch, table_of(p.z, t), tokens, rows() * int(size_of(p.z.dtype)));
+    if (s.angles.given)
+      copy_rows(s.angles, 0, s.angles.pitch, angles_at(t), tokens,
+                s.nangles * int(size_of(p.angles.dtype)));
+  }
+
+  // put(row, column, value) of four neighbours that came ahead, or f for each where they did not.
+  template <class Put, class PutFour>
+  __device__ __forceinline__ void each_staged(const Ahead &from, int skip, int pitch,
+                                              const Table &table, int rows, int columns, int log,
+                                              const Put &put, const PutFour &put_four) const {
+    if (!from.given) return each_loaded(table, rows, columns, log, put);
+    const char *const base = reinterpret_cast<const char *>(shared + from.at) + skip;
+    const int four = table.dtype == DType::kF32 ? 16 : 8;
+    each_cell(rows, columns / 4, log - 2, [&](int row, int i) {
+      put_four(row, 4 * i, read_four(base + row * pitch + i * four, table.dtype));
+    });
   }
 
   // Keys (with their bias), or queries, rank by rank; true if one is not finite.
-  __device__ __forceinline__ bool stage_projection(int to, const View<5> &from, bool quads,
+  __device__ __forceinline__ bool stage_projection(int to, const View<5> &from, const Ahead &ahead,
                                                    bool biased, int bias, int64_t t,
                                                    int tokens) const {
     bool bad = false;
     for (int r = 0; r < ranks(); ++r) {
-      const Table table(from.at(span.row, t, r, span.group), from.dtype, from.stride[1],
-                        from.stride[4]);
       const float *const add = shared + bias + r * s.padded;
       float *const rank = shared + to + r * s.padded;
       const int step = ranks() * s.padded;
-      if (quads) {
-        each_four(table, tokens, s.dstate / 4, s.log_states - 2, [&](int token, int n, float4 v) {
-          if (biased) {
-            const float4 b = *reinterpret_cast<const float4 *>(add + n);
-            v.x += b.x, v.y += b.y, v.z += b.z, v.w += b.w;
-          }
-          bad |= not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
-          *reinterpret_cast<float4 *>(rank + token * step + n) = v;
-        });
-      } else {
-        each_loaded(table, tokens, s.dstate, s.log_states, [&](int token, int n, float v) {
-          if (biased) v += add[n];
-          bad |= not_finite(v);
-          rank[token * step + n] = v;
-        });
-      }
+      each_staged(
+          ahead, r * ahead.pitch, ranks() * ahead.pitch, table_of(from, t, r), tokens, s.dstate,
+          s.log_states,
+          [&](int token, int n, float v) {
+            if (biased) v += add[n];
+            bad |= not_finite(v);
+            rank[token * step + n] = v;
+          },
+          [&](int token, int n, float4 v) {
+            if (biased) {
+              const float4 b = *reinterpret_cast<const float4 *>(add + n);
+              v.x += b.x, v.y += b.y, v.z += b.z, v.w += b.w;
+            }
+            bad |= not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
+            *reinterpret_cast<float4 *>(rank + token * step + n) = v;
+          });
     }
     return bad;
   }
 
   // f(token, i, value) of a tensor's rows, 0 where there are none.
   template <class F>
-  __device__ __forceinline__ void stage_rows(const View<4> &from, bool quads, int64_t t, int tokens,
-                                             const F &f) const {
+  __device__ __forceinline__ void stage_rows(const View<4> &from, const Ahead &ahead, int64_t t,
+                                             int tokens, const F &f) const {
     const int count = rows();
-    const Table table(from.at(span.row, t, span.head, span.first_row), from.dtype, from.stride[1],
-                      from.stride[3]);
-    if (quads) {
-      each_four(table, tokens, count / 4, s.log_rows - 2, [&](int token, int i, float4 v) {
-        f(token, i, v.x), f(token, i + 1, v.y), f(token, i + 2, v.z), f(token, i + 3, v.w);
-      });
-    } else {
-      each_loaded(table, tokens, count, s.log_rows, f);
-    }
+    each_staged(ahead, 0, ahead.pitch, table_of(from, t), tokens, count, s.log_rows, f,
+                [&](int token, int i, float4 v) {
+                  f(token, i, v.x), f(token, i + 1, v.y), f(token, i + 2, v.z),
+                      f(token, i + 3, v.w);
+                });
     if (count < s.block_rows)
       each_cell(tokens, s.block_rows - count, s.log_rows,
                 [&](int token, int i) { f(token, count + i, 0.0f); });
@@ -469,26 +521,41 @@ struct SpanWork {
   __device__ __forceinline__ bool stage_values(int64_t t, int tokens) const {
     bool bad = false;
     const int ranks = this->ranks();
-    stage_rows(p.x, s.quads_x, t, tokens, [&](int token, int i, float x) {
+    const bool keeps = p.trap.given();
+    // Of the last token, for the next span.
+    float *const kept = shared + s.v_before + (1 - flags.parity) * s.block_rows;
+    stage_rows(p.x, s.x, t, tokens, [&](int token, int i, float x) {
       bad |= not_finite(x);
+      if (keeps && token == tokens - 1) kept[i] = x;
       for (int r = 0; r < ranks; ++r)
         shared[s.U + (token * ranks + r) * s.block_rows + i] =
             s.has_psi ? __fmul_rn(x, shared[s.psi + r * s.block_rows + i]) : x;
     });
     if (p.z.given())
-      stage_rows(p.z, s.quads_z, t, tokens,
-                 [&](int token, int i, float z) { shared[s.z + token * s.block_rows + i] = z; });
+      stage_rows(p.z, s.z, t, tokens,
+                 [&](int token, int i, float z) { shared[s.zs + token * s.block_rows + i] = z; });
     return bad;
+  }
+
+  __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
+    const auto put = [&](int i, int j, float v) {
+      shared[s.sine + i * s.nangles + j] = tanhf(v);
+    };
+    each_staged(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles, put,
+                [&](int i, int j, float4 v) {
+                  put(i, j, v.x), put(i, j + 1, v.y), put(i, j + 2, v.z), put(i, j + 3, v.w);
+                });
   }
 
   // theta in half turns is exact to its double; its sine and cosine are those of a float and of
   // what that leaves.
   __device__ __forceinline__ void turn_keys(int tokens, int steps) {
-    turned = true;
+    flags.turned = true;
     each_angle([&](int j) {
       double at = theta()[j];
       for (int i = 0; i < tokens; ++i) {
-        at += double(shared[s.sine + i * s.nangles + j]) * double(shared[s.dt + i]);
+        at += double(shared[s.sine + i * s.nangles + j]) *
+              double(shared[s.dt + first_term + i]);
         const double reduced = within_two(at);
         const float high = float(reduced);
         shared[s.sine + i * s.nangles + j] = high;
@@ -528,32 +595,36 @@ struct SpanWork {
       const float *const k =
           shared + s.K + (token * ranks + (kSiso ? 0 : pair % ranks)) * s.padded;
       float sum = 0.0f;
-      for (int n = this_thread() % 32; n < s.dstate; n += 32) sum = fmaf(q[n], k[n], sum);
+      for (int n = this_thread() % 32 * 4; n < s.padded; n += 128) {
+        const float4 a = *reinterpret_cast<const float4 *>(q + n),
+                     b = *reinterpret_cast<const float4 *>(k + n);
+        sum = fmaf(a.x, b.x, sum), sum = fmaf(a.y, b.y, sum);
+        sum = fmaf(a.z, b.z, sum), sum = fmaf(a.w, b.w, sum);
+      }
       for (int off = 16; off; off >>= 1) sum += __shfl_xor_sync(~0u, sum, off);
       if (this_thread() % 32 == 0) shared[s.kq + i] = sum;
     }
   }
 
   // True if something that goes into the states is not finite.
-  __device__ __forceinline__ bool prepare(int64_t t, int tokens) {
-    const int steps = tokens * ranks();
-    __syncthreads();
-    bool bad = prepare_terms(t, tokens);
+  __device__ __forceinline__ bool prepare(int tokens) {
+    const int64_t t = span.begin;
     const Mamba3 &m = p.mamba3;
-    bad |= stage_projection(s.K, p.B, s.quads_B, m.B_bias.given(), s.B_bias, t, tokens);
-    stage_projection(s.Q, p.C, s.quads_C, m.C_bias.given(), s.C_bias, t, tokens);
+    __syncthreads();
+    if (first_term + tokens > nterms) make_terms(t);
+    if (!flags.sent) send_for(t);
+    wait_for_copies();
+    __syncthreads();
+    bool bad = stage_projection(s.K, p.B, s.B, m.B_bias.given(), s.B_bias, t, tokens);
+    stage_projection(s.Q, p.C, s.C, m.C_bias.given(), s.C_bias, t, tokens);
     bad |= stage_values(t, tokens);
-    if (p.angles.given()) {
-      const Table table(p.angles.at(span.row, t, span.head), p.angles.dtype, p.angles.stride[1],
-                        p.angles.stride[3]);
-      each_loaded(table, tokens, s.nangles, s.log_angles, [&](int i, int j, float v) {
-        shared[s.sine + i * s.nangles + j] = tanhf(v);
-      });
-    }
+    if (p.angles.given()) stage_angles(t, tokens);
     bad = __syncthreads_or(bad);
-    if (p.angles.given()) turn_keys(tokens, steps);
+    flags.sent = false;
+    if (t + tokens < span.end) send_for(t + tokens);
+    if (p.angles.given()) turn_keys(tokens, tokens * ranks());
     multiply_keys(tokens);
-    return bad;
+    return bad || flags.terms_bad;
   }
 
   // ---- After the walk
@@ -565,9 +636,8 @@ struct SpanWork {
     float now = 0.0f;
     for (int k = 0; k < ranks; ++k)
       now = fmaf(kq[k], shared[s.U + (token * ranks + k) * s.block_rows + i], now);
-    const float before = __fmul_rn(reinterpret_cast<const TokenTerms *>(shared + s.terms)[token].decay,
-                                   shared[s.Y + step * s.block_rows + i]);
-    const float y = fmaf(shared[s.gamma + token], now, before);
+    const float y = fmaf(terms()[token].gamma, now,
+                         __fmul_rn(terms()[token].decay, shared[s.Y + step * s.block_rows + i]));
     return p.D.given() ? fmaf(shared[s.D + i], shared[s.U + step * s.block_rows + i], y) : y;
   }
 
@@ -586,7 +656,8 @@ struct SpanWork {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void finish(int64_t t, int tokens) const {
+  __device__ __forceinline__ void finish(int tokens) const {
+    const int64_t t = span.begin;
     const Mamba3 &m = p.mamba3;
     const bool normed = m.norm_weight.given(), summed = m.mimo_out.given();
     if (normed) normalise(tokens);
@@ -599,7 +670,7 @@ struct SpanWork {
                                shared[s.norm + i]
                          : output(token, r, i);
         if (p.z.given()) {
-          const float z = shared[s.z + token * s.block_rows + i];
+          const float z = shared[s.zs + token * s.block_rows + i];
           o *= silu(m.mimo_z.given() ? __fmul_rn(shared[s.zeta + r * s.block_rows + i], z) : z);
         }
         if (summed) {
@@ -613,15 +684,22 @@ struct SpanWork {
     });
   }
 
+  // Pads that come next.
+  __device__ __forceinline__ void skip(int tokens) {
+    first_term += tokens;
+    if (first_term > nterms) first_term = nterms = 0;
+    wait_for_copies();
+    flags.sent = false;
+  }
+
   // For the next span, and for the states.
-  __device__ __forceinline__ void keep_last(int64_t t, int tokens) {
+  __device__ __forceinline__ void keep_last(int tokens) {
+    first_term += tokens;
     if (!p.trap.given()) return;
     const int first = (tokens - 1) * ranks();
     each_key([&](float &k, int r, int n) { k = shared[s.K + (first + r) * s.padded + n]; });
-    each_value([&](float &v, int i) {
-      v = i < rows() ? load_at(p.x, span.row, t + tokens - 1, span.head, span.first_row + i) : 0.0f;
-    });
-    has_before = true;
+    flags.parity ^= 1;
+    flags.has_before = true;
   }
 };
 
