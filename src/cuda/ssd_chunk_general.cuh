@@ -164,8 +164,9 @@ struct GeneralBlock {
   }
 
   __device__ __forceinline__ void read_rows(const float *from, float (&to)[kRows]) const {
+    const Pack<float, kRows> rows = *reinterpret_cast<const Pack<float, kRows> *>(from);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) to[r] = from[r];
+    for (int r = 0; r < kRows; ++r) to[r] = rows.v[r];
   }
 
   // Sums of values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
@@ -176,13 +177,15 @@ struct GeneralBlock {
     if (lane >= kSums) return;
     float *const to = shared + s.Y + row_tile * s.rows + mine * kRows;
     const int count = kSums >> s.log_lanes;
+    const auto put = [&](int at, float sum) {
+      float *const place = to + (step + at / kRows) * s.block_rows + at % kRows;
+      *place = add ? *place + sum : sum;
+    };
+    put(first, y[0]);
+    if (count <= 1) return;
 #pragma unroll
-    for (int j = 0; j < kSums; ++j)
-      if (j == 0 || j < count) {
-        const int at = first + j;
-        float *const place = to + (step + at / kRows) * s.block_rows + at % kRows;
-        *place = add ? *place + y[j] : y[j];
-      }
+    for (int j = 1; j < kSums; ++j)
+      if (j < count) put(first + j, y[j]);
   }
 
   // While there are lanes to add: 2 kHalf values become kHalf.
