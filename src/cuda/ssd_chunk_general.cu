@@ -9,10 +9,11 @@
 namespace ssmk::cuda {
 namespace {
 
-constexpr int64_t kMostGrid = 65535;           // blocks along y and z
-constexpr int64_t kPlainShared = 48 << 10;     // bytes of shared memory that need no asking
-constexpr int64_t kMuchShared = 112 << 10;      // beyond it spans get shorter
-constexpr int kUsualThreads = 256;
+constexpr int64_t kMostGrid = 65535;        // blocks along y and z
+constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that need no asking
+constexpr int64_t kBlocksEach = 2;          // of a multiprocessor
+constexpr int kFewThreads = 64;             // of a block
+constexpr int64_t kMuchShared = 96 << 10;   // beyond it spans get shorter; every GPU has it
 
 int log_of(int64_t n) {
   int log = 0;
@@ -97,8 +98,28 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
   return used * int64_t(sizeof(float));
 }
 
-// What does not depend on addresses.
-GeneralPlan plan_of(const SsdChunkProblem &p, int64_t *shared) {
+// The rows of a head cut into `parts`: tiles of one block, or blocks.
+void cut_rows(const SsdChunkProblem &p, const Shape &shape, int64_t parts, GeneralPlan *plan) {
+  GeneralPlan &s = *plan;
+  // Whole warps, and rows in fours.
+  const int64_t lanes = int64_t(1) << s.log_lanes, fours = 4 / shape.rows();
+  const int64_t unit = lanes < 32 / fours ? 32 / lanes : fours;
+  const int64_t needed = p.headdim < 1 ? 1 : (p.headdim + shape.rows() - 1) / shape.rows();
+  const int64_t most = kGeneralThreads / lanes;
+  parts = std::max(parts, (needed + most - 1) / most);
+  const int64_t each = ((needed + parts - 1) / parts + unit - 1) / unit * unit;
+  const bool whole = whole_head(p);
+  s.threads = int(each * lanes);
+  s.rows = int(each * shape.rows());
+  s.row_tiles = whole ? int(parts) : 1;
+  s.slices = whole ? 1 : int((needed + each - 1) / each);
+  s.block_rows = s.rows * s.row_tiles;
+  s.log_rows = log_of(s.block_rows);
+}
+
+// What does not depend on addresses.  Rows of a head are spread over more blocks than they need
+// where the call else has fewer than `blocks`; that changes no bit and no workspace.
+GeneralPlan plan_of(const SsdChunkProblem &p, int64_t blocks, int64_t *shared) {
   GeneralPlan s = {};
   const Shape shape = shape_of(p.dstate);
   s.headdim = int(p.headdim), s.dstate = int(p.dstate);
@@ -108,26 +129,20 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t *shared) {
   s.state_tiles = shape.state_tiles;
   s.tile_states = shape.tile_states();
   s.padded = s.tile_states * s.state_tiles;
-  // Whole warps, and rows in fours.
-  const int64_t lanes = int64_t(1) << s.log_lanes, fours = 4 / shape.rows();
-  const int64_t unit = lanes < 32 / fours ? 32 / lanes : fours;
-  const int64_t needed = p.headdim < 1 ? 1 : (p.headdim + shape.rows() - 1) / shape.rows();
-  const bool whole = whole_head(p);
-  const int64_t most = (whole ? kGeneralThreads : kUsualThreads) / lanes;
-  const int64_t parts = (needed + most - 1) / most;
-  const int64_t each = ((needed + parts - 1) / parts + unit - 1) / unit * unit;
-  s.threads = int(each * lanes);
-  s.rows = int(each * shape.rows());
-  s.row_tiles = whole ? int(parts) : 1;
-  s.slices = whole ? 1 : int(parts);
-  s.block_rows = s.rows * s.row_tiles;
-  s.log_rows = log_of(s.block_rows);
   s.log_states = log_of(p.dstate < 4 ? 4 : p.dstate);
   s.log_tile = log_of(s.tile_states);
   s.log_angles = log_of(s.nangles < 4 ? 4 : s.nangles);
   s.has_psi = p.mamba3.mimo_x.given();
+  cut_rows(p, shape, 1, &s);
   int tokens = s.rank >= kGeneralTokens ? 1 : kGeneralTokens / s.rank;
   while ((*shared = lay_out(p, tokens, &s)) > kMuchShared && tokens > 1) tokens = (tokens + 1) / 2;
+  while (s.row_tiles * s.state_tiles == 1 && !whole_head(p) && s.threads >= 2 * kFewThreads &&
+         p.seqs.nseq * p.nheads * s.slices < blocks) {
+    const int before = s.slices;
+    cut_rows(p, shape, 2 * before, &s);
+    if (s.slices == before) break;
+  }
+  *shared = lay_out(p, tokens, &s);
   return s;
 }
 
@@ -139,10 +154,11 @@ ssmk_status run_shape(const GeneralLaunch &launch, int64_t shared, const Call &c
     cudaError_t e =
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, call.device);
     if (e == cudaSuccess && shared > most)
-      return fail(SSMK_UNSUPPORTED,
-                  "%s: B: rank, dstate and headdim of one token of a head must fit into %d bytes of "
-                  "shared memory on this device, and take %lld",
-                  call.op, most, (long long)shared);
+      return fail(
+          SSMK_UNSUPPORTED,
+          "%s: B: rank, dstate and headdim of one token of a head must fit into %d bytes of "
+          "shared memory on this device, and take %lld",
+          call.op, most, (long long)shared);
     if (e == cudaSuccess)
       e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (e != cudaSuccess) return device_error(call, "preparing a kernel on", e);
@@ -173,7 +189,11 @@ ssmk_status run(const SsdChunkProblem &p, const Call &call) {
   GeneralLaunch g = {};
   int64_t shared = 0;
   g.p = p;
-  g.plan = plan_of(p, &shared);
+  int multiprocessors = 0;
+  const cudaError_t e =
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.device);
+  if (e != cudaSuccess) return device_error(call, "asking about", e);
+  g.plan = plan_of(p, kBlocksEach * multiprocessors, &shared);
   const auto ahead = [](const auto &v, int axis, int64_t size, int64_t first) {
     const int64_t item = size_of(v.dtype);
     return v.given() && size * item % 16 == 0 && first * item % 16 == 0 && packs_along(v, axis, 16);
@@ -190,7 +210,7 @@ ssmk_status run(const SsdChunkProblem &p, const Call &call) {
 // The states of tiles that wait for their turn.
 uint64_t workspace(const SsdChunkProblem &p) {
   int64_t shared = 0;
-  const GeneralPlan s = plan_of(p, &shared);
+  const GeneralPlan s = plan_of(p, 0, &shared);
   const int64_t tiles = int64_t(s.row_tiles) * s.state_tiles;
   if (tiles == 1) return 0;
   const Shape shape = shape_of(p.dstate);

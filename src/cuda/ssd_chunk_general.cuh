@@ -15,8 +15,8 @@
 // The next span begins by adding what its first token owes to the last.  A span ends where it is
 // full, where its sequence ends, and after a token whose state is captured.
 //
-// Slow decays are multiplied as h + (d - 1) h, where d - 1 has all its digits: a long sequence is as
-// exact as a short one.
+// Slow decays are multiplied as h + (d - 1) h, where d - 1 has all its digits: a long sequence is
+// as exact as a short one.
 //
 // States are in registers for the walk over a span only, which leaves these free for what comes
 // before and after.  Where a head has more rows or states than the block has threads for they are
@@ -36,7 +36,7 @@ struct GeneralBlock {
   const SsdChunkProblem &p;
   const GeneralPlan &s;
   float *const shared;
-  const Span &span;  // in shared memory
+  const Span &span;            // in shared memory
   int lane, mine, chunk_log;   // of a row; the row of threads; of the states between two fours
   float h[kRows][kChunks][4];  // during a walk
 
@@ -365,8 +365,10 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
     }
     // The states after this token, or after all.
     const HeadStates &to = end ? p.final : p.captured;
-    for (int64_t i = end ? 0 : captured ? work.next_capture(0) : kNever; i != kNever;
-         i = end ? kNever : work.next_capture(i + 1)) {
+    for (int64_t i = end        ? 0
+                     : captured ? work.next_capture(0)
+                                : kNever;
+         i != kNever; i = end ? kNever : work.next_capture(i + 1)) {
       const int64_t entry = end ? span.slot : i;
       block.write_states(to.h, entry);
       work.write_small(to, entry);

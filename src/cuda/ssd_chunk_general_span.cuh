@@ -44,7 +44,7 @@ struct GeneralLaunch {
 // One block's work.
 struct Span {
   int64_t row, begin, end, slot, head, group;  // begin: of the tokens that are left
-  int64_t block;  // number of it in the whole call
+  int64_t block;                               // number of it in the whole call
   int first_row;
   bool pad, has_initial;
 };
@@ -94,8 +94,7 @@ __device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
   s.end = packed ? bound(i + 1) : p.seqlen;
   s.slot = slot.index;
   s.pad = slot.pad;
-  s.has_initial =
-      !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(i) != 0;
+  s.has_initial = !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(i) != 0;
   s.head = g.first_head + blockIdx.y;
   s.group = s.head / (p.nheads / p.ngroups);
   s.block = (i * p.nheads + s.head) * g.plan.slices + blockIdx.x;
@@ -400,8 +399,8 @@ struct SpanWork {
         term.gamma = __fmul_rn(f.now, dt), owed = __fmul_rn(f.then, dt);
       }
       term.write = term.gamma;
-      const float a = p.adt.given() ? value_of(adt, p.adt.dtype)
-                                    : __fmul_rn(dt, value_of(rate, p.A.dtype));
+      const float a =
+          p.adt.given() ? value_of(adt, p.adt.dtype) : __fmul_rn(dt, value_of(rate, p.A.dtype));
       term.decay = expf(a);
       term.decay_less_1 = expm1f(a);
       bad |= not_finite(term.decay) || not_finite(term.gamma) || not_finite(owed);
@@ -538,9 +537,7 @@ struct SpanWork {
   }
 
   __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
-    const auto put = [&](int i, int j, float v) {
-      shared[s.sine + i * s.nangles + j] = tanhf(v);
-    };
+    const auto put = [&](int i, int j, float v) { shared[s.sine + i * s.nangles + j] = tanhf(v); };
     each_staged(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles, put,
                 [&](int i, int j, float4 v) {
                   put(i, j, v.x), put(i, j + 1, v.y), put(i, j + 2, v.z), put(i, j + 3, v.w);
@@ -554,8 +551,7 @@ struct SpanWork {
     each_angle([&](int j) {
       double at = theta()[j];
       for (int i = 0; i < tokens; ++i) {
-        at += double(shared[s.sine + i * s.nangles + j]) *
-              double(shared[s.dt + first_term + i]);
+        at += double(shared[s.sine + i * s.nangles + j]) * double(shared[s.dt + first_term + i]);
         const double reduced = within_two(at);
         const float high = float(reduced);
         shared[s.sine + i * s.nangles + j] = high;
@@ -590,10 +586,8 @@ struct SpanWork {
     const int ranks = this->ranks(), square = ranks * ranks, warps = blockDim.x / 32;
     for (int i = this_thread() / 32; i < tokens * square; i += warps) {
       const int token = kSiso ? i : i / square, pair = kSiso ? 0 : i % square;
-      const float *const q =
-          shared + s.Q + (token * ranks + (kSiso ? 0 : pair / ranks)) * s.padded;
-      const float *const k =
-          shared + s.K + (token * ranks + (kSiso ? 0 : pair % ranks)) * s.padded;
+      const float *const q = shared + s.Q + (token * ranks + (kSiso ? 0 : pair / ranks)) * s.padded;
+      const float *const k = shared + s.K + (token * ranks + (kSiso ? 0 : pair % ranks)) * s.padded;
       float sum = 0.0f;
       for (int n = this_thread() % 32 * 4; n < s.padded; n += 128) {
         const float4 a = *reinterpret_cast<const float4 *>(q + n),
