@@ -651,12 +651,14 @@ struct SpanWork {
   }
 
   __device__ __forceinline__ void finish(int tokens) const {
-    const int64_t t = span.begin;
     const Mamba3 &m = p.mamba3;
     const bool normed = m.norm_weight.given(), summed = m.mimo_out.given();
     if (normed) normalise(tokens);
+    const Table out(p.out.at(span.row, span.begin, 0, span.head, span.first_row), p.out.dtype,
+                    p.out.stride[1], p.out.stride[4]);
+    const int64_t rank = p.out.stride[2] * (out.dtype == DType::kF32 ? 4 : 2);
     each_cell(tokens, rows(), s.log_rows, [&](int token, int i) {
-      const int row = span.first_row + i;
+      char *const to = const_cast<char *>(out.at(token, i));
       float total = 0.0f;
       for (int r = 0; r < ranks(); ++r) {
         const int step = token * ranks() + r;
@@ -671,10 +673,10 @@ struct SpanWork {
           const float part = __fmul_rn(shared[s.phi + r * s.block_rows + i], o);
           total = r ? total + part : part;
         } else {
-          store_at(p.out, o, span.row, t + token, r, span.head, row);
+          store(to + r * rank, out.dtype, o);
         }
       }
-      if (summed) store_at(p.out, total, span.row, t + token, 0, span.head, row);
+      if (summed) store(to, out.dtype, total);
     });
   }
 
