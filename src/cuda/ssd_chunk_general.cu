@@ -146,9 +146,9 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t blocks, int64_t *shared) {
   return s;
 }
 
-template <int kRows, int kChunks, bool kSiso>
+template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 ssmk_status run_shape(const GeneralLaunch &launch, int64_t shared, const Call &call) {
-  const auto kernel = ssd_general<kRows, kChunks, kSiso>;
+  const auto kernel = ssd_general<kRows, kChunks, kLogLanes, kSiso>;
   if (shared > kPlainShared) {
     int most = 0;
     cudaError_t e =
@@ -177,10 +177,16 @@ ssmk_status run_shape(const GeneralLaunch &launch, int64_t shared, const Call &c
   return SSMK_OK;
 }
 
-template <bool kSiso>
-ssmk_status run_ranks(const GeneralLaunch &g, int64_t shared, const Call &call) {
-  return shape_of(g.p.dstate).chunks == 2 ? run_shape<4, 2, kSiso>(g, shared, call)
-                                          : run_shape<2, 3, kSiso>(g, shared, call);
+// The lanes of the usual sizes are known when compiling.
+ssmk_status run_any(const GeneralLaunch &g, int64_t shared, const Call &call) {
+  const bool two = shape_of(g.p.dstate).chunks == 2;
+  if (g.p.mamba3.rank > 1)
+    return two ? run_shape<4, 2, -1, false>(g, shared, call)
+               : run_shape<2, 3, -1, false>(g, shared, call);
+  if (!two) return run_shape<2, 3, -1, true>(g, shared, call);
+  if (g.plan.log_lanes == 3) return run_shape<4, 2, 3, true>(g, shared, call);
+  if (g.plan.log_lanes == 4) return run_shape<4, 2, 4, true>(g, shared, call);
+  return run_shape<4, 2, -1, true>(g, shared, call);
 }
 
 const char *refuses(const SsdChunkProblem &, int) { return nullptr; }
@@ -198,13 +204,16 @@ ssmk_status run(const SsdChunkProblem &p, const Call &call) {
     const int64_t item = size_of(v.dtype);
     return v.given() && size * item % 16 == 0 && first * item % 16 == 0 && packs_along(v, axis, 16);
   };
+  g.plan.out_quads = p.headdim % 4 == 0 && packs_of(p.out, 4, 4);
+  g.plan.final_quads = p.dstate % 4 == 0 && packs_of(p.final.h, 3, 4);
+  g.plan.captured_quads = p.dstate % 4 == 0 && packs_of(p.captured.h, 3, 4);
   const int64_t slice = g.plan.slices > 1 ? g.plan.block_rows : 0;
   g.plan.B.given = ahead(p.B, 4, p.dstate, 0);
   g.plan.C.given = ahead(p.C, 4, p.dstate, 0);
   g.plan.x.given = ahead(p.x, 3, p.headdim, slice);
   g.plan.z.given = ahead(p.z, 3, p.headdim, slice);
   g.plan.angles.given = ahead(p.angles, 3, p.mamba3.nangles, 0);
-  return p.mamba3.rank == 1 ? run_ranks<true>(g, shared, call) : run_ranks<false>(g, shared, call);
+  return run_any(g, shared, call);
 }
 
 // The states of tiles that wait for their turn.

@@ -27,7 +27,7 @@
 
 namespace ssmk::cuda {
 
-template <int kRows, int kChunks, bool kSiso>
+template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 struct GeneralBlock {
   static constexpr int kGroup = 8 / kRows;  // steps whose sums over lanes are added up together
   static constexpr int kSums = kGroup * kRows;
@@ -37,7 +37,7 @@ struct GeneralBlock {
   const GeneralPlan &s;
   float *const shared;
   const Span &span;            // in shared memory
-  int lane, mine, chunk_log;   // of a row; the row of threads; of the states between two fours
+  int lane, mine;              // of a row; the row of threads
   float h[kRows][kChunks][4];  // during a walk
 
   __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory,
@@ -46,6 +46,10 @@ struct GeneralBlock {
 
   // ---- States, between walks: a tile's are the registers of its threads, in fours
 
+  // Known when compiling, or -1.
+  __device__ __forceinline__ int log_lanes() const {
+    return kLogLanes < 0 ? s.log_lanes : kLogLanes;
+  }
   __device__ __forceinline__ int tiles() const { return s.row_tiles * s.state_tiles; }
   __device__ __forceinline__ int tile_floats() const { return blockDim.x * kRows * kChunks * 4; }
 
@@ -55,42 +59,60 @@ struct GeneralBlock {
            (span.block * tiles() + row_tile * s.state_tiles + state_tile) * tile_floats();
   }
 
-  // f(value, p, n, whether there is such a state) of all tiles.
+  // f(four states, p, n) of all tiles.
   template <class F>
-  __device__ __forceinline__ void each_state(const F &f) const {
-    const int lanes = 1 << s.log_lanes;
+  __device__ __forceinline__ void each_four(const F &f) const {
+    const int lanes = 1 << log_lanes();
     for (int j = 0; j < s.state_tiles; ++j)
       for (int k = 0; k < s.row_tiles; ++k) {
         float *const states = tile(k, j);
-        each_cell(s.rows, s.tile_states, s.log_tile, [&](int i, int n) {
-          const int thread = i / kRows * lanes + (n / 4 & (lanes - 1)),
-                    four = i % kRows * kChunks + (n / 4 >> s.log_lanes);
-          const int row = span.first_row + k * s.rows + i, state = j * s.tile_states + n;
-          f(states[(four * blockDim.x + thread) * 4 + n % 4], row, state,
-            row < s.headdim && state < s.dstate);
+        const int first_row = span.first_row + k * s.rows, first = j * s.tile_states;
+        each_cell(s.rows, s.tile_states / 4, s.log_tile - 2, [&](int i, int four) {
+          const int thread = i / kRows * lanes + (four & (lanes - 1)),
+                    c = i % kRows * kChunks + (four >> log_lanes());
+          f(*reinterpret_cast<Pack<float, 4> *>(states + (c * blockDim.x + thread) * 4),
+            first_row + i, first + 4 * four);
         });
       }
   }
 
   __device__ __forceinline__ void clear() const {
-    each_state([](float &v, int, int, bool) { v = 0.0f; });
+    each_four([](Pack<float, 4> &v, int, int) { v = {}; });
   }
 
   // True if a value is not finite.
   __device__ __forceinline__ bool read_initial() const {
-    bool bad = false;
+    float sum = 0.0f;
     const bool given = p.initial.h.given();
-    each_state([&](float &v, int row, int n, bool here) {
-      v = given && here ? load_at(p.initial.h, span.slot, span.head, row, n) : 0.0f;
-      bad |= not_finite(v);
+    const Table from(p.initial.h.at(span.slot, span.head), p.initial.h.dtype, p.initial.h.stride[2],
+                     p.initial.h.stride[3]);
+    each_four([&](Pack<float, 4> &v, int row, int n) {
+      v = {};
+      uint32_t bits[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (given && row < s.headdim && n + e < s.dstate)
+          bits[e] = load_bits(from.at(row, n + e), from.dtype);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (given && row < s.headdim && n + e < s.dstate) {
+          v.v[e] = value_of(bits[e], from.dtype);
+          sum = fmaf(v.v[e], 0.0f, sum);
+        }
     });
-    return bad;
+    return sum != 0.0f;
   }
 
-  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry) const {
+  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry, bool quads) const {
     if (!to.given()) return;
-    each_state([&](float &v, int row, int n, bool here) {
-      if (here) store_at(to, v, entry, span.head, row, n);
+    const Table table(to.at(entry, span.head), to.dtype, to.stride[2], to.stride[3]);
+    each_four([&](const Pack<float, 4> &v, int row, int n) {
+      if (row >= s.headdim) return;
+      char *const first = const_cast<char *>(table.at(row, n));
+      if (quads) return store_four(first, table.dtype, v.v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (n + e < s.dstate) store(first + e * table.column, table.dtype, v.v[e]);
     });
   }
 
@@ -120,18 +142,19 @@ struct GeneralBlock {
   // h <- h + (weight u) key^T, for the rows and states of the thread.
   template <bool kCareful>
   __device__ __forceinline__ void add_product(const float *keys, float weight,
-                                              const float (&values)[kRows], int state) {
+                                              const float (&values)[kRows], int state,
+                                              int log_lanes) {
     float u[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) u[r] = __fmul_rn(weight, values[r]);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const float4 k4 = *reinterpret_cast<const float4 *>(keys + (c << chunk_log));
+      const float4 k4 = *reinterpret_cast<const float4 *>(keys + (c << (log_lanes + 2)));
       const float k[4] = {k4.x, k4.y, k4.z, k4.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // States past the end are left out, not multiplied by a padded 0.
-        if (kCareful && state + (c << chunk_log) + e >= s.dstate) continue;
+        if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
       }
@@ -169,19 +192,19 @@ struct GeneralBlock {
     for (int r = 0; r < kRows; ++r) to[r] = rows.v[r];
   }
 
-  // Sums of values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
-  // half of the values; neighbours first, whatever the number of lanes.
-  __device__ __forceinline__ void sum_up(float (&y)[kSums], int step, int row_tile, bool add) {
+  // Sums of values over the lanes of a row, to Y.  Each halving leaves a lane with half of the
+  // values; neighbours first, whatever the number of lanes.
+  __device__ __forceinline__ void sum_up(float (&y)[kSums], float *to, int block_rows,
+                                         int log_lanes, bool add) {
     int first = 0;
-    halve<kSums / 2>(y, &first);
+    halve<kSums / 2>(y, log_lanes, &first);
     if (lane >= kSums) return;
-    float *const to = shared + s.Y + row_tile * s.rows + mine * kRows;
-    const int count = kSums >> s.log_lanes;
     const auto put = [&](int at, float sum) {
-      float *const place = to + (step + at / kRows) * s.block_rows + at % kRows;
+      float *const place = to + (at / kRows) * block_rows + at % kRows;
       *place = add ? *place + sum : sum;
     };
     put(first, y[0]);
+    const int count = kSums >> log_lanes;
     if (count <= 1) return;
 #pragma unroll
     for (int j = 1; j < kSums; ++j)
@@ -190,13 +213,13 @@ struct GeneralBlock {
 
   // While there are lanes to add: 2 kHalf values become kHalf.
   template <int kHalf>
-  __device__ __forceinline__ void halve(float (&y)[kSums], int *first) {
+  __device__ __forceinline__ void halve(float (&y)[kSums], int log_lanes, int *first) {
     constexpr int kOff = kHalf ? kSums / 2 / kHalf : kSums;
     if constexpr (kHalf == 0) {
 #pragma unroll
       for (int off = kOff; off < 32; off <<= 1)
-        if (off < 1 << s.log_lanes) y[0] += __shfl_xor_sync(~0u, y[0], off);
-    } else if (kOff < 1 << s.log_lanes) {
+        if (off < 1 << log_lanes) y[0] += __shfl_xor_sync(~0u, y[0], off);
+    } else if (kOff < 1 << log_lanes) {
       const bool upper = lane & kOff;
 #pragma unroll
       for (int j = 0; j < kHalf; ++j) {
@@ -204,7 +227,7 @@ struct GeneralBlock {
         y[j] = kept + __shfl_xor_sync(~0u, sent, kOff);
       }
       *first += upper ? kHalf : 0;
-      halve<kHalf / 2>(y, first);
+      halve<kHalf / 2>(y, log_lanes, first);
     }
   }
 
@@ -213,24 +236,27 @@ struct GeneralBlock {
                                        int state_tile) {
     // Copies: what stands in shared memory may change with every store.
     const int padded = s.padded, block_rows = s.block_rows, ranks = kSiso ? 1 : s.rank;
+    const int log_lanes = this->log_lanes();
+    float *sums = shared + s.Y + row_tile * s.rows + mine * kRows;
     const int state = state_tile * s.tile_states + lane * 4, steps = tokens * ranks;
     const float *queries = shared + s.Q + state, *keys = shared + s.K + state;
     const float *values = shared + s.U + row_tile * s.rows + mine * kRows;
     int rank = 0, left = tokens;
-    for (int first = 0; first < steps; first += kGroup) {
+#pragma unroll 1
+    for (int first = 0; first < steps; first += kGroup, sums += kGroup * block_rows) {
       float y[kSums];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) y[i * kRows + r] = 0.0f;
-        if (first + i >= steps) continue;
+        if (i > 0 && first + i >= steps) continue;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-          const float4 q4 = *reinterpret_cast<const float4 *>(queries + (c << chunk_log));
+          const float4 q4 = *reinterpret_cast<const float4 *>(queries + (c << (log_lanes + 2)));
           const float q[4] = {q4.x, q4.y, q4.z, q4.w};
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (kCareful && state + (c << chunk_log) + e >= s.dstate) continue;
+            if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
               y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
@@ -243,14 +269,15 @@ struct GeneralBlock {
         decay<kCareful>(term);
         // The span's last token leaves what the next one owes to be added when that comes.
         const float write = --left ? term.write : term.gamma;
+#pragma unroll 1
         for (int k = 0; k < ranks; ++k) {
           float u[kRows];
           read_rows(values, u);
-          add_product<kCareful>(keys, write, u, state);
+          add_product<kCareful>(keys, write, u, state, log_lanes);
           keys += padded, values += block_rows;
         }
       }
-      sum_up(y, first, row_tile, state_tile > 0);
+      sum_up(y, sums, block_rows, log_lanes, state_tile > 0);
     }
   }
 
@@ -260,6 +287,7 @@ struct GeneralBlock {
                                              int state_tile) {
     const int row = row_tile * s.rows + mine * kRows, ranks = kSiso ? 1 : s.rank;
     const int state = state_tile * s.tile_states + lane * 4;
+#pragma unroll 1
     for (int i = 0; i < ranks; ++i) {
       float u[kRows];
       read_rows(v + row, u);
@@ -267,15 +295,15 @@ struct GeneralBlock {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
           u[r] = __fmul_rn(u[r], shared[s.psi + i * s.block_rows + row + r]);
-      add_product<kCareful>(shared + s.k_before + i * s.padded + state, share, u, state);
+      add_product<kCareful>(shared + s.k_before + i * s.padded + state, share, u, state,
+                            log_lanes());
     }
   }
 
   // All tokens of a span, after `work` has prepared them.
   __device__ __forceinline__ void run(int tokens, const SpanWork<kSiso> &work) {
     const int thread = this_thread();
-    chunk_log = s.log_lanes + 2;
-    lane = thread & ((1 << s.log_lanes) - 1), mine = thread >> s.log_lanes;
+    lane = thread & ((1 << log_lanes()) - 1), mine = thread >> log_lanes();
     const bool before = work.flags.has_before && p.trap.given();
     const float share = before ? shared[s.owed + work.first_term] : 0.0f;
     for (int i = 0; i < s.row_tiles; ++i)
@@ -293,11 +321,11 @@ struct GeneralBlock {
   }
 };
 
-template <int kRows, int kChunks, bool kSiso>
+template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 __global__ void __launch_bounds__(kGeneralThreads, 2)
     ssd_general(const __grid_constant__ GeneralLaunch given) {
   extern __shared__ float4 memory[];
-  using Block = GeneralBlock<kRows, kChunks, kSiso>;
+  using Block = GeneralBlock<kRows, kChunks, kLogLanes, kSiso>;
   begin();
   float *const shared = reinterpret_cast<float *>(memory);
   // In shared memory, from where the compiler reads them when they are used: what it would compute
@@ -370,7 +398,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
                                 : kNever;
          i != kNever; i = end ? kNever : work.next_capture(i + 1)) {
       const int64_t entry = end ? span.slot : i;
-      block.write_states(to.h, entry);
+      block.write_states(to.h, entry, end ? s.final_quads : s.captured_quads);
       work.write_small(to, entry);
     }
     if (end) return;

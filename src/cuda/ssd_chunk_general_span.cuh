@@ -29,7 +29,7 @@ struct GeneralPlan {
   int tokens, steps;             // of a span; a step is a rank of a token
   int headdim, dstate, rank, nangles;
   int log_rows, log_states, log_angles, log_tile;  // of the powers of two that hold a row of work
-  bool has_psi;
+  bool has_psi, out_quads, final_quads, captured_quads;
   Ahead B, C, x, z, angles;
   int states, K, Q, U, Y, zs, kq, sine, cosine, theta, raw_theta, k_before, v_before;
   int psi, zeta, phi, D, norm, B_bias, C_bias, terms, owed, dt, scales, ids;
@@ -103,11 +103,22 @@ __device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
 }
 
 // Four neighbours in shared memory, aligned to the bytes that they fill.
-__device__ __forceinline__ float4 read_four(const char *p, DType dtype) {
-  if (dtype == DType::kF32) return *reinterpret_cast<const float4 *>(p);
+__device__ __forceinline__ Pack<float, 4> read_four(const char *p, DType dtype) {
+  if (dtype == DType::kF32) return *reinterpret_cast<const Pack<float, 4> *>(p);
   const uint2 bits = *reinterpret_cast<const uint2 *>(p);
   const float2 a = two_values({bits.x, 0}, dtype), b = two_values({bits.y, 0}, dtype);
-  return {a.x, a.y, b.x, b.y};
+  return {{a.x, a.y, b.x, b.y}};
+}
+
+// Four neighbours to memory, aligned to the bytes that they fill.
+__device__ __forceinline__ void store_four(char *p, DType dtype, const float (&v)[4]) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else if (dtype == DType::kF16) {
+    store_pack(reinterpret_cast<__half *>(p), narrow_pack<__half>(v));
+  } else {
+    store_pack(reinterpret_cast<__nv_bfloat16 *>(p), narrow_pack<__nv_bfloat16>(v));
+  }
 }
 
 // The thread's number, of which the compiler knows nothing: what is computed from it is not kept in
@@ -118,14 +129,17 @@ __device__ __forceinline__ int this_thread() {
   return thread;
 }
 
-// f(row, column) of a table whose columns fill 2^log threads.
+// f(row, column) of a table whose columns fit 2^log threads, if there are so many.
 template <class F>
 __device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
-  const int count = rows << log;
-  for (int i = this_thread(); i < count; i += blockDim.x) {
-    const int row = i >> log, column = i & ((1 << log) - 1);
-    if (column < columns) f(row, column);
-  }
+  const int thread = this_thread(), most = 31 - __clz(blockDim.x);
+  if (log > most) log = most;
+  const int group = thread >> log, groups = blockDim.x >> log, width = 1 << log;
+  if (group >= groups) return;
+#pragma unroll 1
+  for (int row = group; row < rows; row += groups)
+#pragma unroll 1
+    for (int column = thread & (width - 1); column < columns; column += width) f(row, column);
 }
 
 // Rows and columns of a tensor of floats; strides in bytes.
@@ -140,7 +154,7 @@ struct Table {
     const int64_t item = type == DType::kF32 ? 4 : 2;
     row = row_stride * item, column = column_stride * item;
   }
-  __device__ __forceinline__ const char *at(int r, int c) const {
+  __device__ __forceinline__ const char *at(int r, int c = 0) const {
     return data + r * row + c * column;
   }
 };
@@ -162,7 +176,8 @@ __device__ __forceinline__ void each_loaded(const Table &from, int rows, int col
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) put(row, column, value_of(bits[j], from.dtype));
+      if (i < count && column < columns)
+        put(row, column, Pack<float, 1>{{value_of(bits[j], from.dtype)}});
     }
   }
 }
@@ -415,15 +430,14 @@ struct SpanWork {
 
   // ---- Tensors on their way to shared memory
 
-  // `width` bytes of `rows` rows, in sixteens.
+  // Rows of some elements, in sixteens of bytes; log is that of the elements.
   __device__ __forceinline__ void copy_rows(const Ahead &to, int skip, int pitch, const Table &from,
-                                            int rows, int width) const {
+                                            int rows, int columns, int log) const {
     char *const base = reinterpret_cast<char *>(shared + to.at) + skip;
-    const int chunks = width / 16;
-    for (int i = this_thread(); i < rows * chunks; i += blockDim.x) {
-      const int row = i / chunks, at = i % chunks * 16;
-      copy_ahead(base + row * pitch + at, from.data + row * from.row + at);
-    }
+    const int log_each = from.dtype == DType::kF32 ? 2 : 3;
+    each_cell(rows, columns >> log_each, log - log_each, [&](int row, int i) {
+      copy_ahead(base + row * pitch + i * 16, from.at(row) + i * 16);
+    });
   }
 
   __device__ __forceinline__ Table table_of(const View<5> &v, int64_t t, int r) const {
@@ -441,8 +455,8 @@ struct SpanWork {
                                                   int tokens) const {
     if (!to.given) return;
     for (int r = 0; r < ranks(); ++r)
-      copy_rows(to, r * to.pitch, ranks() * to.pitch, table_of(v, t, r), tokens,
-                s.dstate * int(size_of(v.dtype)));
+      copy_rows(to, r * to.pitch, ranks() * to.pitch, table_of(v, t, r), tokens, s.dstate,
+                s.log_states);
   }
 
   // Sends for the tokens of a span.
@@ -451,96 +465,99 @@ struct SpanWork {
     flags.sent = true;
     copy_projection(s.B, p.B, t, tokens);
     copy_projection(s.C, p.C, t, tokens);
-    if (s.x.given)
-      copy_rows(s.x, 0, s.x.pitch, table_of(p.x, t), tokens, rows() * int(size_of(p.x.dtype)));
-    if (s.z.given)
-      copy_rows(s.z, 0, s.z.pitch, table_of(p.z, t), tokens, rows() * int(size_of(p.z.dtype)));
+    if (s.x.given) copy_rows(s.x, 0, s.x.pitch, table_of(p.x, t), tokens, rows(), s.log_rows);
+    if (s.z.given) copy_rows(s.z, 0, s.z.pitch, table_of(p.z, t), tokens, rows(), s.log_rows);
     if (s.angles.given)
-      copy_rows(s.angles, 0, s.angles.pitch, angles_at(t), tokens,
-                s.nangles * int(size_of(p.angles.dtype)));
+      copy_rows(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles);
   }
 
-  // put(row, column, value) of four neighbours that came ahead, or f for each where they did not.
-  template <class Put, class PutFour>
+  // put(row, column, values): four neighbours that came ahead, or one where they did not.
+  template <class Put>
   __device__ __forceinline__ void each_staged(const Ahead &from, int skip, int pitch,
                                               const Table &table, int rows, int columns, int log,
-                                              const Put &put, const PutFour &put_four) const {
+                                              const Put &put) const {
     if (!from.given) return each_loaded(table, rows, columns, log, put);
     const char *const base = reinterpret_cast<const char *>(shared + from.at) + skip;
     const int four = table.dtype == DType::kF32 ? 16 : 8;
     each_cell(rows, columns / 4, log - 2, [&](int row, int i) {
-      put_four(row, 4 * i, read_four(base + row * pitch + i * four, table.dtype));
+      put(row, 4 * i, read_four(base + row * pitch + i * four, table.dtype));
     });
   }
 
-  // Keys (with their bias), or queries, rank by rank; true if one is not finite.
-  __device__ __forceinline__ bool stage_projection(int to, const View<5> &from, const Ahead &ahead,
-                                                   bool biased, int bias, int64_t t,
-                                                   int tokens) const {
-    bool bad = false;
+  // Keys (with their bias), or queries, rank by rank.  `bad` becomes NaN if one is not finite.
+  __device__ __forceinline__ void stage_projection(int to, const View<5> &from, const Ahead &ahead,
+                                                   bool biased, int bias, int64_t t, int tokens,
+                                                   float *bad) const {
+    float sum = *bad;
     for (int r = 0; r < ranks(); ++r) {
       const float *const add = shared + bias + r * s.padded;
       float *const rank = shared + to + r * s.padded;
       const int step = ranks() * s.padded;
-      each_staged(
-          ahead, r * ahead.pitch, ranks() * ahead.pitch, table_of(from, t, r), tokens, s.dstate,
-          s.log_states,
-          [&](int token, int n, float v) {
-            if (biased) v += add[n];
-            bad |= not_finite(v);
-            rank[token * step + n] = v;
-          },
-          [&](int token, int n, float4 v) {
-            if (biased) {
-              const float4 b = *reinterpret_cast<const float4 *>(add + n);
-              v.x += b.x, v.y += b.y, v.z += b.z, v.w += b.w;
-            }
-            bad |= not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
-            *reinterpret_cast<float4 *>(rank + token * step + n) = v;
-          });
+      each_staged(ahead, r * ahead.pitch, ranks() * ahead.pitch, table_of(from, t, r), tokens,
+                  s.dstate, s.log_states, [&](int token, int n, auto v) {
+                    using Values = decltype(v);
+                    constexpr int kCount = int(sizeof(v) / sizeof(float));
+                    if (biased) {
+                      const Values b = *reinterpret_cast<const Values *>(add + n);
+#pragma unroll
+                      for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
+                    }
+#pragma unroll
+                    for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+                    *reinterpret_cast<Values *>(rank + token * step + n) = v;
+                  });
     }
-    return bad;
+    *bad = sum;
   }
 
-  // f(token, i, value) of a tensor's rows, 0 where there are none.
-  template <class F>
+  // put(token, i, values) of a tensor's rows, 0 where there are none.
+  template <class Put>
   __device__ __forceinline__ void stage_rows(const View<4> &from, const Ahead &ahead, int64_t t,
-                                             int tokens, const F &f) const {
+                                             int tokens, const Put &put) const {
     const int count = rows();
-    each_staged(ahead, 0, ahead.pitch, table_of(from, t), tokens, count, s.log_rows, f,
-                [&](int token, int i, float4 v) {
-                  f(token, i, v.x), f(token, i + 1, v.y), f(token, i + 2, v.z),
-                      f(token, i + 3, v.w);
-                });
+    each_staged(ahead, 0, ahead.pitch, table_of(from, t), tokens, count, s.log_rows, put);
     if (count < s.block_rows)
       each_cell(tokens, s.block_rows - count, s.log_rows,
-                [&](int token, int i) { f(token, count + i, 0.0f); });
+                [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
   }
 
-  __device__ __forceinline__ bool stage_values(int64_t t, int tokens) const {
-    bool bad = false;
-    const int ranks = this->ranks();
-    const bool keeps = p.trap.given();
+  __device__ __forceinline__ void stage_values(int64_t t, int tokens, float *bad) const {
+    float sum = *bad;
+    const int ranks = this->ranks(), block_rows = s.block_rows;
+    const bool keeps = p.trap.given(), has_psi = s.has_psi;
     // Of the last token, for the next span.
-    float *const kept = shared + s.v_before + (1 - flags.parity) * s.block_rows;
-    stage_rows(p.x, s.x, t, tokens, [&](int token, int i, float x) {
-      bad |= not_finite(x);
-      if (keeps && token == tokens - 1) kept[i] = x;
-      for (int r = 0; r < ranks; ++r)
-        shared[s.U + (token * ranks + r) * s.block_rows + i] =
-            s.has_psi ? __fmul_rn(x, shared[s.psi + r * s.block_rows + i]) : x;
+    float *const kept = shared + s.v_before + (1 - flags.parity) * block_rows;
+    float *const U = shared + s.U;
+    const float *const psi = shared + s.psi;
+    stage_rows(p.x, s.x, t, tokens, [&](int token, int i, auto x) {
+      using Values = decltype(x);
+      constexpr int kCount = int(sizeof(x) / sizeof(float));
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) sum = fmaf(x.v[e], 0.0f, sum);
+      if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = x;
+      for (int r = 0; r < ranks; ++r) {
+        Values u = x;
+        if (has_psi) {
+          const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(x.v[e], by.v[e]);
+        }
+        *reinterpret_cast<Values *>(U + (token * ranks + r) * block_rows + i) = u;
+      }
     });
-    if (p.z.given())
-      stage_rows(p.z, s.z, t, tokens,
-                 [&](int token, int i, float z) { shared[s.zs + token * s.block_rows + i] = z; });
-    return bad;
+    *bad = sum;
+    if (!p.z.given()) return;
+    float *const zs = shared + s.zs;
+    stage_rows(p.z, s.z, t, tokens, [&](int token, int i, auto z) {
+      *reinterpret_cast<decltype(z) *>(zs + token * block_rows + i) = z;
+    });
   }
 
   __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
-    const auto put = [&](int i, int j, float v) { shared[s.sine + i * s.nangles + j] = tanhf(v); };
-    each_staged(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles, put,
-                [&](int i, int j, float4 v) {
-                  put(i, j, v.x), put(i, j + 1, v.y), put(i, j + 2, v.z), put(i, j + 3, v.w);
+    each_staged(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles,
+                [&](int i, int j, auto v) {
+                  for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
+                    shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
                 });
   }
 
@@ -584,19 +601,25 @@ struct SpanWork {
   // q^r . k^r' of each token.
   __device__ __forceinline__ void multiply_keys(int tokens) const {
     const int ranks = this->ranks(), square = ranks * ranks, warps = blockDim.x / 32;
-    for (int i = this_thread() / 32; i < tokens * square; i += warps) {
+    const int padded = s.padded, thread = this_thread(), lane = thread & 31;
+    const float *const queries = shared + s.Q + 4 * lane, *const keys = shared + s.K + 4 * lane;
+    float *const kq = shared + s.kq;
+#pragma unroll 1
+    for (int i = thread / 32; i < tokens * square; i += warps) {
       const int token = kSiso ? i : i / square, pair = kSiso ? 0 : i % square;
-      const float *const q = shared + s.Q + (token * ranks + (kSiso ? 0 : pair / ranks)) * s.padded;
-      const float *const k = shared + s.K + (token * ranks + (kSiso ? 0 : pair % ranks)) * s.padded;
+      const float *const q = queries + (token * ranks + (kSiso ? 0 : pair / ranks)) * padded;
+      const float *const k = keys + (token * ranks + (kSiso ? 0 : pair % ranks)) * padded;
       float sum = 0.0f;
-      for (int n = this_thread() % 32 * 4; n < s.padded; n += 128) {
+#pragma unroll 1
+      for (int n = 0; n < padded - 4 * lane; n += 128) {
         const float4 a = *reinterpret_cast<const float4 *>(q + n),
                      b = *reinterpret_cast<const float4 *>(k + n);
         sum = fmaf(a.x, b.x, sum), sum = fmaf(a.y, b.y, sum);
         sum = fmaf(a.z, b.z, sum), sum = fmaf(a.w, b.w, sum);
       }
+#pragma unroll
       for (int off = 16; off; off >>= 1) sum += __shfl_xor_sync(~0u, sum, off);
-      if (this_thread() % 32 == 0) shared[s.kq + i] = sum;
+      if (lane == 0) kq[i] = sum;
     }
   }
 
@@ -609,11 +632,12 @@ struct SpanWork {
     if (!flags.sent) send_for(t);
     wait_for_copies();
     __syncthreads();
-    bool bad = stage_projection(s.K, p.B, s.B, m.B_bias.given(), s.B_bias, t, tokens);
-    stage_projection(s.Q, p.C, s.C, m.C_bias.given(), s.C_bias, t, tokens);
-    bad |= stage_values(t, tokens);
+    float sum = 0.0f, any = 0.0f;
+    stage_projection(s.K, p.B, s.B, m.B_bias.given(), s.B_bias, t, tokens, &sum);
+    stage_projection(s.Q, p.C, s.C, m.C_bias.given(), s.C_bias, t, tokens, &any);
+    stage_values(t, tokens, &sum);
     if (p.angles.given()) stage_angles(t, tokens);
-    bad = __syncthreads_or(bad);
+    const bool bad = __syncthreads_or(sum != 0.0f);
     flags.sent = false;
     if (t + tokens < span.end) send_for(t + tokens);
     if (p.angles.given()) turn_keys(tokens, tokens * ranks());
@@ -623,23 +647,38 @@ struct SpanWork {
 
   // ---- After the walk
 
-  // y of a rank of a token, D included.
-  __device__ __forceinline__ float output(int token, int r, int i) const {
-    const int ranks = this->ranks(), step = token * ranks + r;
+  // Four rows from i on: y of a rank of a token, D included.
+  __device__ __forceinline__ void output(int token, int r, int i, float (&y)[4]) const {
+    const int ranks = this->ranks(), block_rows = s.block_rows, step = token * ranks + r;
+    const auto four = [&](int at) {
+      return *reinterpret_cast<const Pack<float, 4> *>(shared + at);
+    };
     const float *const kq = shared + s.kq + step * ranks;
-    float now = 0.0f;
-    for (int k = 0; k < ranks; ++k)
-      now = fmaf(kq[k], shared[s.U + (token * ranks + k) * s.block_rows + i], now);
-    const float y = fmaf(terms()[token].gamma, now,
-                         __fmul_rn(terms()[token].decay, shared[s.Y + step * s.block_rows + i]));
-    return p.D.given() ? fmaf(shared[s.D + i], shared[s.U + step * s.block_rows + i], y) : y;
+    const TokenTerms term = terms()[token];
+    float now[4] = {};
+    for (int k = 0; k < ranks; ++k) {
+      const Pack<float, 4> u = four(s.U + (token * ranks + k) * block_rows + i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) now[e] = fmaf(kq[k], u.v[e], now[e]);
+    }
+    const Pack<float, 4> before = four(s.Y + step * block_rows + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = fmaf(term.gamma, now[e], __fmul_rn(term.decay, before.v[e]));
+    if (!p.D.given()) return;
+    const Pack<float, 4> D = four(s.D + i), u = four(s.U + step * block_rows + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = fmaf(D.v[e], u.v[e], y[e]);
   }
 
   __device__ __forceinline__ void normalise(int tokens) const {
     const int steps = tokens * ranks();
-    each_cell(tokens, rows(), s.log_rows, [&](int token, int i) {
-      for (int r = 0; r < ranks(); ++r)
-        shared[s.Y + (token * ranks() + r) * s.block_rows + i] = output(token, r, i);
+    each_cell(tokens, s.block_rows / 4, s.log_rows - 2, [&](int token, int four) {
+      for (int r = 0; r < ranks(); ++r) {
+        Pack<float, 4> y;
+        output(token, r, 4 * four, y.v);
+        *reinterpret_cast<Pack<float, 4> *>(shared + s.Y + (token * ranks() + r) * s.block_rows +
+                                            4 * four) = y;
+      }
     });
     __syncthreads();
     for (int step = this_thread() / 32; step < steps; step += blockDim.x / 32) {
@@ -652,31 +691,59 @@ struct SpanWork {
 
   __device__ __forceinline__ void finish(int tokens) const {
     const Mamba3 &m = p.mamba3;
-    const bool normed = m.norm_weight.given(), summed = m.mimo_out.given();
+    const bool normed = m.norm_weight.given(), summed = m.mimo_out.given(), gated = p.z.given(),
+               zeta = m.mimo_z.given(), quads = s.out_quads;
     if (normed) normalise(tokens);
     const Table out(p.out.at(span.row, span.begin, 0, span.head, span.first_row), p.out.dtype,
                     p.out.stride[1], p.out.stride[4]);
     const int64_t rank = p.out.stride[2] * (out.dtype == DType::kF32 ? 4 : 2);
-    each_cell(tokens, rows(), s.log_rows, [&](int token, int i) {
+    const int count = rows(), ranks = this->ranks(), block_rows = s.block_rows;
+    const auto four = [&](int at) {
+      return *reinterpret_cast<const Pack<float, 4> *>(shared + at);
+    };
+    each_cell(tokens, (count + 3) / 4, s.log_rows - 2, [&](int token, int column) {
+      const int i = 4 * column;
       char *const to = const_cast<char *>(out.at(token, i));
-      float total = 0.0f;
-      for (int r = 0; r < ranks(); ++r) {
-        const int step = token * ranks() + r;
-        float o = normed ? shared[s.Y + step * s.block_rows + i] * shared[s.scales + step] *
-                               shared[s.norm + i]
-                         : output(token, r, i);
-        if (p.z.given()) {
-          const float z = shared[s.zs + token * s.block_rows + i];
-          o *= silu(m.mimo_z.given() ? __fmul_rn(shared[s.zeta + r * s.block_rows + i], z) : z);
+      const auto put = [&](char *first, const float (&v)[4]) {
+        if (quads) return store_four(first, out.dtype, v);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (i + e < count) store(first + e * out.column, out.dtype, v[e]);
+      };
+      float total[4];
+      for (int r = 0; r < ranks; ++r) {
+        const int step = token * ranks + r;
+        float o[4];
+        if (normed) {
+          const Pack<float, 4> y = four(s.Y + step * block_rows + i), by = four(s.norm + i);
+          const float scale = shared[s.scales + step];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[e] = y.v[e] * scale * by.v[e];
+        } else {
+          output(token, r, i, o);
+        }
+        if (gated) {
+          Pack<float, 4> z = four(s.zs + token * block_rows + i);
+          if (zeta) {
+            const Pack<float, 4> by = four(s.zeta + r * block_rows + i);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) z.v[e] = __fmul_rn(by.v[e], z.v[e]);
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[e] *= silu(z.v[e]);
         }
         if (summed) {
-          const float part = __fmul_rn(shared[s.phi + r * s.block_rows + i], o);
-          total = r ? total + part : part;
+          const Pack<float, 4> phi = four(s.phi + r * block_rows + i);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float part = __fmul_rn(phi.v[e], o[e]);
+            total[e] = r ? total[e] + part : part;
+          }
         } else {
-          store(to + r * rank, out.dtype, o);
+          put(to + r * rank, o);
         }
       }
-      if (summed) store(to, out.dtype, total);
+      if (summed) put(to, total);
     });
   }
 
