@@ -162,7 +162,8 @@ void read_problem(Check &c, const ssmk_ssd_chunk_args *user, SsdChunkProblem *p)
 }
 
 constexpr Operation<ssmk_ssd_chunk_args, SsdChunkProblem> kOperation = {
-    "ssd_chunk", read_problem, cpu::ssd_chunk_workspace, &cpu::Kernels::ssd_chunk};
+    "ssd_chunk", read_problem, cpu::ssd_chunk_workspace, &cpu::Kernels::ssd_chunk,
+    &cuda::Kernels::ssd_chunk};
 
 }  // namespace
 }  // namespace ssmk
@@ -175,6 +176,18 @@ SSMK_API ssmk_status ssmk_ssd_chunk(const ssmk_ssd_chunk_args *args) {
 
 SSMK_API ssmk_status ssmk_ssd_chunk_workspace(const ssmk_ssd_chunk_args *args, uint64_t *bytes) {
   return ssmk::kOperation.workspace(args, bytes);
+}
+
+// For tests, not in ssmk.h: which CUDA path a call would take on a GPU of a compute capability (90
+// for 9.0), after those that would not and why.  Nothing runs; no device is needed.  NULL without
+// CUDA in the build, or if the arguments are wrong.
+SSMK_API const char *ssmk_debug_ssd_chunk_path(const ssmk_ssd_chunk_args *args,
+                                               int32_t capability) {
+  ssmk::Check c("ssd_chunk", false);
+  ssmk::SsdChunkProblem problem;
+  ssmk::read_problem(c, args, &problem);
+  const auto path = ssmk::cuda::kernels().ssd_chunk_path;
+  return c.ok() && path ? path(problem, capability) : nullptr;
 }
 
 }  // extern "C"

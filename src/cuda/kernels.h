@@ -29,6 +29,9 @@ struct Entry {
 struct Kernels {
   Entry<StateUpdateProblem> state_update;
   Entry<CausalConv1dUpdateProblem> causal_conv1d_update;
+  Entry<SsdChunkProblem> ssd_chunk;
+  // Which path a call takes on a GPU of a compute capability, and why none before it: for tests.
+  const char *(*ssd_chunk_path)(const SsdChunkProblem &, int capability) = nullptr;
 };
 
 const Kernels &kernels();

@@ -1,0 +1,769 @@
+// SPDX-License-Identifier: MIT
+// What the rows of a block share for a span of tokens, in shared memory: made before the walk of
+// ssd_chunk_general.cuh, and turned into outputs after it.
+#pragma once
+
+#include "cuda/near.cuh"
+#include "cuda/state_update_mamba3_common.cuh"
+
+namespace ssmk::cuda {
+
+constexpr int kGeneralThreads = 256;   // at most
+constexpr int kGeneralTokens = 16;     // of a span, at most
+constexpr int kTermTokens = 128;       // whose decays and weights are made together
+constexpr int64_t kNever = INT64_MAX;  // a token that does not come
+
+// A tensor's part of a span, which comes to shared memory while the span before is walked: rows of
+// `pitch` bytes from float number `at` on.
+struct Ahead {
+  bool given;
+  int at, pitch;
+};
+
+// The cut of a call.  Offsets into shared memory count floats and are multiples of 4.
+struct GeneralPlan {
+  int threads, log_lanes, rows;  // rows: of a tile
+  int row_tiles, state_tiles;    // of a block
+  int tile_states, padded;       // states of a tile, and of all
+  int block_rows, slices;        // rows of a block; blocks of a head
+  int tokens, steps;             // of a span; a step is a rank of a token
+  int headdim, dstate, rank, nangles;
+  int log_rows, log_states, log_angles, log_tile;  // of the powers of two that hold a row of work
+  bool has_psi, out_quads, final_quads, captured_quads;
+  Ahead B, C, x, z, angles;
+  int states, K, Q, U, Y, zs, kq, sine, cosine, theta, raw_theta, k_before, v_before;
+  int psi, zeta, phi, D, norm, B_bias, C_bias, terms, owed, dt, scales, ids;
+};
+
+struct GeneralLaunch {
+  SsdChunkProblem p;
+  GeneralPlan plan;
+  int64_t first_seq, first_head;
+};
+
+// One block's work.
+struct Span {
+  int64_t row, begin, end, slot, head, group;  // begin: of the tokens that are left
+  int64_t block;                               // number of it in the whole call
+  int first_row;
+  bool pad, has_initial;
+};
+
+// In shared memory: the next token that is captured, one of its captures, and the id of the last
+// token.
+struct Found {
+  int64_t token, capture, last;
+};
+
+struct Run {
+  int tokens;
+  bool pads, fresh;  // fresh: a sequence starts
+};
+
+// Of a token, for the walk.
+struct alignas(16) TokenTerms {
+  float decay, decay_less_1;
+  float write;  // what its product is multiplied by, with what the next token owes to it
+  float gamma;  // without that
+
+  // Multiplied as h + (d - 1) h.
+  __device__ __forceinline__ bool slow() const { return fabsf(decay_less_1) < 0.5f; }
+};
+
+__device__ __forceinline__ bool not_finite(float v) {
+  return (__float_as_uint(v) & 0x7f800000u) == 0x7f800000u;
+}
+
+__device__ __forceinline__ double within_two(double half_turns) {
+  return half_turns - 2.0 * floor(half_turns * 0.5);
+}
+
+// What a device tensor says is held within the sizes: the host cannot check it.
+__device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
+  const SsdChunkProblem &p = g.p;
+  const int64_t i = g.first_seq + blockIdx.z;
+  const auto bound = [&](int64_t k) {
+    const int64_t at = read_index(p.seqs.cu_seqlens, k);
+    return at < 0 ? 0 : at > p.seqlen ? p.seqlen : at;
+  };
+  const bool packed = p.seqs.cu_seqlens.given();
+  const Slot slot = slot_of(p.seqs.state_indices, p.seqs.pad, i);
+  Span s;
+  s.row = packed ? 0 : i;
+  s.begin = packed ? bound(i) : 0;
+  s.end = packed ? bound(i + 1) : p.seqlen;
+  s.slot = slot.index;
+  s.pad = slot.pad;
+  s.has_initial = !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(i) != 0;
+  s.head = g.first_head + blockIdx.y;
+  s.group = s.head / (p.nheads / p.ngroups);
+  s.block = (i * p.nheads + s.head) * g.plan.slices + blockIdx.x;
+  s.first_row = int(blockIdx.x) * g.plan.block_rows;
+  return s;
+}
+
+// Four neighbours in shared memory, aligned to the bytes that they fill.
+__device__ __forceinline__ Pack<float, 4> read_four(const char *p, DType dtype) {
+  if (dtype == DType::kF32) return *reinterpret_cast<const Pack<float, 4> *>(p);
+  const uint2 bits = *reinterpret_cast<const uint2 *>(p);
+  const float2 a = two_values({bits.x, 0}, dtype), b = two_values({bits.y, 0}, dtype);
+  return {{a.x, a.y, b.x, b.y}};
+}
+
+// Four neighbours to memory, aligned to the bytes that they fill.
+__device__ __forceinline__ void store_four(char *p, DType dtype, const float (&v)[4]) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else if (dtype == DType::kF16) {
+    store_pack(reinterpret_cast<__half *>(p), narrow_pack<__half>(v));
+  } else {
+    store_pack(reinterpret_cast<__nv_bfloat16 *>(p), narrow_pack<__nv_bfloat16>(v));
+  }
+}
+
+// The thread's number, of which the compiler knows nothing: what is computed from it is not kept in
+// registers from span to span, where the states need them.
+__device__ __forceinline__ int this_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// f(row, column) of a table whose columns fit 2^log threads, if there are so many.
+template <class F>
+__device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
+  const int thread = this_thread(), most = 31 - __clz(blockDim.x);
+  if (log > most) log = most;
+  const int group = thread >> log, groups = blockDim.x >> log, width = 1 << log;
+  if (group >= groups) return;
+#pragma unroll 1
+  for (int row = group; row < rows; row += groups)
+#pragma unroll 1
+    for (int column = thread & (width - 1); column < columns; column += width) f(row, column);
+}
+
+// Rows and columns of a tensor of floats; strides in bytes.
+struct Table {
+  const char *data;
+  int64_t row, column;
+  DType dtype;
+
+  __device__ __forceinline__ Table(const char *first, DType type, int64_t row_stride,
+                                   int64_t column_stride)
+      : data(first), dtype(type) {
+    const int64_t item = type == DType::kF32 ? 4 : 2;
+    row = row_stride * item, column = column_stride * item;
+  }
+  __device__ __forceinline__ const char *at(int r, int c = 0) const {
+    return data + r * row + c * column;
+  }
+};
+
+// The same for cells that come from memory: several loads are under way at once.
+template <class Put>
+__device__ __forceinline__ void each_loaded(const Table &from, int rows, int columns, int log,
+                                            const Put &put) {
+  constexpr int kAtOnce = 4;
+  const int count = rows << log;
+#pragma unroll 1
+  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
+    uint32_t bits[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
+      if (i < count && column < columns) bits[j] = load_bits(from.at(row, column), from.dtype);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
+      if (i < count && column < columns)
+        put(row, column, Pack<float, 1>{{value_of(bits[j], from.dtype)}});
+    }
+  }
+}
+
+template <bool kSiso>
+struct SpanWork {
+  const SsdChunkProblem &p;
+  const GeneralPlan &s;
+  float *const shared;
+  const Span &span;  // in shared memory
+  Found &found;
+  // In one register.
+  struct Flags {
+    unsigned has_before : 1;  // k_before and v_before are those of a token
+    unsigned turned : 1;      // theta has seen a token; before, it is as the caller gave it
+    unsigned terms_bad : 1;   // terms that are there are not all finite
+    unsigned sent : 1;        // for the next token and some after it
+    unsigned parity : 1;      // which of two v_before it is
+    unsigned careful : 1;     // states may not be finite
+  } flags = {};
+  int first_term = 0, nterms = 0;  // the next token's, of those that are there
+
+  __device__ __forceinline__ SpanWork(const SsdChunkProblem &problem, const GeneralPlan &plan,
+                                      float *memory, const Span &here, Found &captures)
+      : p(problem), s(plan), shared(memory), span(here), found(captures) {}
+
+  __device__ __forceinline__ int ranks() const { return kSiso ? 1 : s.rank; }
+  __device__ __forceinline__ int token_of(int step) const { return kSiso ? step : step / s.rank; }
+  __device__ __forceinline__ int rank_of(int step) const { return kSiso ? 0 : step % s.rank; }
+  // Rows of this block that there are.
+  __device__ __forceinline__ int rows() const {
+    const int left = s.headdim - span.first_row;
+    return left < s.block_rows ? left : s.block_rows;
+  }
+  __device__ __forceinline__ float *v_before() const {
+    return shared + s.v_before + flags.parity * s.block_rows;
+  }
+  __device__ __forceinline__ const TokenTerms *terms() const {
+    return reinterpret_cast<const TokenTerms *>(shared + s.terms) + first_term;
+  }
+  __device__ __forceinline__ double *theta() const {
+    return reinterpret_cast<double *>(shared + s.theta);
+  }
+
+  __device__ __forceinline__ void zero_output(int64_t begin, int64_t end) const {
+    const int outputs = p.out.stride[2] ? int(p.mamba3.rank) : 1, count = rows();
+    for (int64_t t = begin; t < end; ++t)
+      each_cell(outputs, count, s.log_rows, [&](int r, int i) {
+        store_at(p.out, 0.0f, span.row, t, r, span.head, span.first_row + i);
+      });
+  }
+
+  // ---- Parameters
+
+  __device__ __forceinline__ void read_ranks(int to, const View<3> &v) const {
+    if (v.given())
+      each_cell(ranks(), s.block_rows, s.log_rows, [&](int r, int i) {
+        shared[to + r * s.block_rows + i] =
+            i < rows() ? load_at(v, span.head, r, span.first_row + i) : 0.0f;
+      });
+  }
+  __device__ __forceinline__ void read_rows(int to, const View<2> &v) const {
+    if (v.given())
+      for (int i = this_thread(); i < s.block_rows; i += blockDim.x)
+        shared[to + i] = i < rows() ? load_at(v, span.head, span.first_row + i) : 0.0f;
+  }
+  __device__ __forceinline__ void read_bias(int to, const View<3> &v) const {
+    if (v.given())
+      for (int r = 0; r < ranks(); ++r)
+        for (int i = this_thread(); i < s.dstate; i += blockDim.x)
+          shared[to + r * s.padded + i] = load_at(v, span.head, r, i);
+  }
+
+  // States past the end stay zeros in all keys and queries.
+  __device__ __forceinline__ void read_parameters() const {
+    const Mamba3 &m = p.mamba3;
+    for (int i = this_thread(); i < s.steps * s.padded; i += blockDim.x)
+      shared[s.K + i] = shared[s.Q + i] = 0.0f;
+    for (int i = this_thread(); p.trap.given() && i < ranks() * s.padded; i += blockDim.x)
+      shared[s.k_before + i] = 0.0f;
+    read_ranks(s.psi, m.mimo_x);
+    read_ranks(s.zeta, m.mimo_z);
+    read_ranks(s.phi, m.mimo_out);
+    read_rows(s.D, p.D);
+    read_rows(s.norm, m.norm_weight);
+    read_bias(s.B_bias, m.B_bias);
+    read_bias(s.C_bias, m.C_bias);
+    __syncthreads();
+  }
+
+  // ---- Small states: angles, keys and values before.  A thread always has the same ones.
+
+  template <class F>
+  __device__ __forceinline__ void each_key(const F &f) const {
+    for (int r = 0; r < ranks(); ++r)
+      for (int n = this_thread(); n < s.dstate; n += blockDim.x)
+        f(shared[s.k_before + r * s.padded + n], r, n);
+  }
+  template <class F>
+  __device__ __forceinline__ void each_value(const F &f) const {
+    for (int i = this_thread(); i < s.block_rows; i += blockDim.x) f(v_before()[i], i);
+  }
+  template <class F>
+  __device__ __forceinline__ void each_angle(const F &f) const {
+    for (int j = this_thread(); j < s.nangles; j += blockDim.x) f(j);
+  }
+
+  __device__ __forceinline__ void set_angle(int j, float radians) const {
+    shared[s.raw_theta + j] = radians;
+    theta()[j] = double(radians) * 0.31830988618379067154;
+  }
+
+  __device__ __forceinline__ void clear() {
+    flags.has_before = flags.turned = flags.careful = 0;
+    each_angle([&](int j) { set_angle(j, 0.0f); });
+  }
+
+  // True if something is not finite.
+  __device__ __forceinline__ bool read_initial() {
+    const HeadStates &from = p.initial;
+    bool bad = false;
+    clear();
+    if (from.angle.given())
+      each_angle([&](int j) { set_angle(j, load_at(from.angle, span.slot, span.head, j)); });
+    flags.has_before = from.k.given() || from.v.given();
+    if (!flags.has_before) return bad;
+    each_key([&](float &k, int r, int n) {
+      k = from.k.given() ? load_at(from.k, span.slot, r, span.head, n) : 0.0f;
+      bad |= not_finite(k);
+    });
+    each_value([&](float &v, int i) {
+      v = from.v.given() && i < rows() ? load_at(from.v, span.slot, span.head, span.first_row + i)
+                                       : 0.0f;
+      bad |= not_finite(v);
+    });
+    return bad;
+  }
+
+  __device__ __forceinline__ void write_small(const HeadStates &to, int64_t entry) const {
+    const bool first = span.first_row == 0;
+    if (to.angle.given() && first)
+      each_angle([&](int j) {
+        float radians = shared[s.raw_theta + j];
+        if (flags.turned) {
+          radians = float(theta()[j] * 3.14159265358979323846);
+          if (radians >= kTwoPi) radians = 0.0f;
+        }
+        store_at(to.angle, radians, entry, span.head, j);
+      });
+    if (to.k.given() && first)
+      each_key([&](float &k, int r, int n) {
+        store_at(to.k, flags.has_before ? k : 0.0f, entry, r, span.head, n);
+      });
+    if (to.v.given())
+      each_value([&](float &v, int i) {
+        if (i < rows())
+          store_at(to.v, flags.has_before ? v : 0.0f, entry, span.head, span.first_row + i);
+      });
+  }
+
+  // ---- Captures and runs
+
+  // The least of all threads' values, in shared memory.
+  __device__ __forceinline__ int64_t least(int64_t *to, int64_t value) const {
+    unsigned long long *const best = reinterpret_cast<unsigned long long *>(to);
+    __syncthreads();
+    if (this_thread() == 0) *best = kNever;
+    __syncthreads();
+    if (value < kNever) atomicMin(best, (unsigned long long)value);
+    __syncthreads();
+    return *to;
+  }
+
+  // Puts the first captured token from t on into `found`.
+  __device__ __forceinline__ void find_capture(int64_t t) const {
+    int64_t first = kNever;
+    for (int64_t i = this_thread(); i < p.ncaptures; i += blockDim.x) {
+      const int64_t at = read_index(p.capture_positions, i) - span.row * p.seqlen;
+      if (at >= t && at < span.end && at < first) first = at;
+    }
+    least(&found.token, first);
+  }
+
+  // The first capture of that token, from number i on.
+  __device__ __forceinline__ int64_t next_capture(int64_t i) const {
+    int64_t first = kNever;
+    for (i += this_thread(); i < p.ncaptures && first == kNever; i += blockDim.x)
+      if (read_index(p.capture_positions, i) == span.row * p.seqlen + found.token) first = i;
+    return least(&found.capture, first);
+  }
+
+  // Tokens from t on, at most `most`, with one id or all pads.
+  __device__ __forceinline__ Run next_run(int64_t t, int most) const {
+    int64_t *const ids = reinterpret_cast<int64_t *>(shared + s.ids);
+    __syncthreads();
+    const int i = this_thread();
+    if (i < most) {
+      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + i);
+      ids[i] = id < 0 ? -1 : id;
+    }
+    __syncthreads();
+    Run run = {1, ids[0] < 0, found.last >= 0 && ids[0] != found.last};
+    while (run.tokens < most && ids[run.tokens] == ids[0]) ++run.tokens;
+    return run;
+  }
+  __device__ __forceinline__ int64_t id() const {
+    return *reinterpret_cast<const int64_t *>(shared + s.ids);
+  }
+
+  // ---- Before the walk
+
+  // Decays and weights of tokens from t on.
+  __device__ __forceinline__ void make_terms(int64_t t) {
+    const int count = span.end - t < kTermTokens ? int(span.end - t) : kTermTokens;
+    TokenTerms *const terms = reinterpret_cast<TokenTerms *>(shared + s.terms);
+    const bool trap = p.trap.given();
+    bool bad = false;
+    first_term = 0, nterms = count;
+    for (int i = this_thread(); i < count; i += blockDim.x) {
+      // All are under way before one is used.
+      const uint32_t dt_bits = load_given(p.dt.at(span.row, t + i, span.head), p.dt.dtype),
+                     bias = load_given(p.dt_bias.at(span.head), p.dt_bias.dtype),
+                     rate = load_given(p.A.at(span.head), p.A.dtype),
+                     adt = load_given(p.adt.at(span.row, t + i, span.head), p.adt.dtype),
+                     logit = load_given(p.trap.at(span.row, t + i, span.head), p.trap.dtype);
+      float dt = value_of(dt_bits, p.dt.dtype);
+      if (p.dt_bias.given()) dt += value_of(bias, p.dt_bias.dtype);
+      dt = transform_dt(p.dt_transform, dt);
+      float owed = 0.0f;
+      TokenTerms term;
+      term.gamma = dt;
+      if (trap) {
+        const Trapezoid f = trapezoid(p.mamba3.trap_sigmoid, value_of(logit, p.trap.dtype));
+        term.gamma = __fmul_rn(f.now, dt), owed = __fmul_rn(f.then, dt);
+      }
+      term.write = term.gamma;
+      const float a =
+          p.adt.given() ? value_of(adt, p.adt.dtype) : __fmul_rn(dt, value_of(rate, p.A.dtype));
+      term.decay = expf(a);
+      term.decay_less_1 = expm1f(a);
+      bad |= not_finite(term.decay) || not_finite(term.gamma) || not_finite(owed);
+      terms[i] = term;
+      shared[s.owed + i] = owed, shared[s.dt + i] = dt;
+    }
+    flags.terms_bad = __syncthreads_or(bad) != 0;
+    if (trap)
+      for (int i = this_thread(); i + 1 < count; i += blockDim.x)
+        terms[i].write = terms[i].gamma + shared[s.owed + i + 1];
+  }
+
+  // ---- Tensors on their way to shared memory
+
+  // Rows of some elements, in sixteens of bytes; log is that of the elements.
+  __device__ __forceinline__ void copy_rows(const Ahead &to, int skip, int pitch, const Table &from,
+                                            int rows, int columns, int log) const {
+    char *const base = reinterpret_cast<char *>(shared + to.at) + skip;
+    const int log_each = from.dtype == DType::kF32 ? 2 : 3;
+    each_cell(rows, columns >> log_each, log - log_each, [&](int row, int i) {
+      copy_ahead(base + row * pitch + i * 16, from.at(row) + i * 16);
+    });
+  }
+
+  __device__ __forceinline__ Table table_of(const View<5> &v, int64_t t, int r) const {
+    return Table(v.at(span.row, t, r, span.group), v.dtype, v.stride[1], v.stride[4]);
+  }
+  __device__ __forceinline__ Table table_of(const View<4> &v, int64_t t) const {
+    return Table(v.at(span.row, t, span.head, span.first_row), v.dtype, v.stride[1], v.stride[3]);
+  }
+  __device__ __forceinline__ Table angles_at(int64_t t) const {
+    return Table(p.angles.at(span.row, t, span.head), p.angles.dtype, p.angles.stride[1],
+                 p.angles.stride[3]);
+  }
+
+  __device__ __forceinline__ void copy_projection(const Ahead &to, const View<5> &v, int64_t t,
+                                                  int tokens) const {
+    if (!to.given) return;
+    for (int r = 0; r < ranks(); ++r)
+      copy_rows(to, r * to.pitch, ranks() * to.pitch, table_of(v, t, r), tokens, s.dstate,
+                s.log_states);
+  }
+
+  // Sends for the tokens of a span.
+  __device__ __forceinline__ void send_for(int64_t t) {
+    const int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
+    flags.sent = true;
+    copy_projection(s.B, p.B, t, tokens);
+    copy_projection(s.C, p.C, t, tokens);
+    if (s.x.given) copy_rows(s.x, 0, s.x.pitch, table_of(p.x, t), tokens, rows(), s.log_rows);
+    if (s.z.given) copy_rows(s.z, 0, s.z.pitch, table_of(p.z, t), tokens, rows(), s.log_rows);
+    if (s.angles.given)
+      copy_rows(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles);
+  }
+
+  // put(row, column, values): four neighbours that came ahead, or one where they did not.
+  template <class Put>
+  __device__ __forceinline__ void each_staged(const Ahead &from, int skip, int pitch,
+                                              const Table &table, int rows, int columns, int log,
+                                              const Put &put) const {
+    if (!from.given) return each_loaded(table, rows, columns, log, put);
+    const char *const base = reinterpret_cast<const char *>(shared + from.at) + skip;
+    const int four = table.dtype == DType::kF32 ? 16 : 8;
+    each_cell(rows, columns / 4, log - 2, [&](int row, int i) {
+      put(row, 4 * i, read_four(base + row * pitch + i * four, table.dtype));
+    });
+  }
+
+  // Keys (with their bias), or queries, rank by rank.  `bad` becomes NaN if one is not finite.
+  __device__ __forceinline__ void stage_projection(int to, const View<5> &from, const Ahead &ahead,
+                                                   bool biased, int bias, int64_t t, int tokens,
+                                                   float *bad) const {
+    float sum = *bad;
+    for (int r = 0; r < ranks(); ++r) {
+      const float *const add = shared + bias + r * s.padded;
+      float *const rank = shared + to + r * s.padded;
+      const int step = ranks() * s.padded;
+      each_staged(ahead, r * ahead.pitch, ranks() * ahead.pitch, table_of(from, t, r), tokens,
+                  s.dstate, s.log_states, [&](int token, int n, auto v) {
+                    using Values = decltype(v);
+                    constexpr int kCount = int(sizeof(v) / sizeof(float));
+                    if (biased) {
+                      const Values b = *reinterpret_cast<const Values *>(add + n);
+#pragma unroll
+                      for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
+                    }
+#pragma unroll
+                    for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+                    *reinterpret_cast<Values *>(rank + token * step + n) = v;
+                  });
+    }
+    *bad = sum;
+  }
+
+  // put(token, i, values) of a tensor's rows, 0 where there are none.
+  template <class Put>
+  __device__ __forceinline__ void stage_rows(const View<4> &from, const Ahead &ahead, int64_t t,
+                                             int tokens, const Put &put) const {
+    const int count = rows();
+    each_staged(ahead, 0, ahead.pitch, table_of(from, t), tokens, count, s.log_rows, put);
+    if (count < s.block_rows)
+      each_cell(tokens, s.block_rows - count, s.log_rows,
+                [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
+  }
+
+  __device__ __forceinline__ void stage_values(int64_t t, int tokens, float *bad) const {
+    float sum = *bad;
+    const int ranks = this->ranks(), block_rows = s.block_rows;
+    const bool keeps = p.trap.given(), has_psi = s.has_psi;
+    // Of the last token, for the next span.
+    float *const kept = shared + s.v_before + (1 - flags.parity) * block_rows;
+    float *const U = shared + s.U;
+    const float *const psi = shared + s.psi;
+    stage_rows(p.x, s.x, t, tokens, [&](int token, int i, auto x) {
+      using Values = decltype(x);
+      constexpr int kCount = int(sizeof(x) / sizeof(float));
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) sum = fmaf(x.v[e], 0.0f, sum);
+      if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = x;
+      for (int r = 0; r < ranks; ++r) {
+        Values u = x;
+        if (has_psi) {
+          const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(x.v[e], by.v[e]);
+        }
+        *reinterpret_cast<Values *>(U + (token * ranks + r) * block_rows + i) = u;
+      }
+    });
+    *bad = sum;
+    if (!p.z.given()) return;
+    float *const zs = shared + s.zs;
+    stage_rows(p.z, s.z, t, tokens, [&](int token, int i, auto z) {
+      *reinterpret_cast<decltype(z) *>(zs + token * block_rows + i) = z;
+    });
+  }
+
+  __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
+    each_staged(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles,
+                [&](int i, int j, auto v) {
+                  for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
+                    shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
+                });
+  }
+
+  // theta in half turns is exact to its double; its sine and cosine are those of a float and of
+  // what that leaves.
+  __device__ __forceinline__ void turn_keys(int tokens, int steps) {
+    flags.turned = true;
+    each_angle([&](int j) {
+      double at = theta()[j];
+      for (int i = 0; i < tokens; ++i) {
+        at += double(shared[s.sine + i * s.nangles + j]) * double(shared[s.dt + first_term + i]);
+        const double reduced = within_two(at);
+        const float high = float(reduced);
+        shared[s.sine + i * s.nangles + j] = high;
+        shared[s.cosine + i * s.nangles + j] = float(reduced - double(high));
+      }
+      theta()[j] = within_two(at);
+    });
+    __syncthreads();
+    for (int i = this_thread(); i < tokens * s.nangles; i += blockDim.x) {
+      const float low = shared[s.cosine + i] * 3.14159265f;
+      float sine, cosine;
+      sincospif(shared[s.sine + i], &sine, &cosine);
+      shared[s.sine + i] = fmaf(low, cosine, sine);
+      shared[s.cosine + i] = fmaf(-low, sine, cosine);
+    }
+    __syncthreads();
+    const bool half = p.mamba3.rotary_half;
+    const int other = half ? s.dstate / 2 : 1;
+    each_cell(steps, s.nangles, s.log_angles, [&](int step, int j) {
+      const int at = token_of(step) * s.nangles + j;
+      const float sine = shared[s.sine + at], cosine = shared[s.cosine + at];
+      float *const k = shared + s.K + step * s.padded + (half ? j : 2 * j);
+      float *const q = shared + s.Q + step * s.padded + (half ? j : 2 * j);
+      turn_pair(k, k + other, sine, cosine);
+      turn_pair(q, q + other, sine, cosine);
+    });
+    __syncthreads();
+  }
+
+  // q^r . k^r' of each token.
+  __device__ __forceinline__ void multiply_keys(int tokens) const {
+    const int ranks = this->ranks(), square = ranks * ranks, warps = blockDim.x / 32;
+    const int padded = s.padded, thread = this_thread(), lane = thread & 31;
+    const float *const queries = shared + s.Q + 4 * lane, *const keys = shared + s.K + 4 * lane;
+    float *const kq = shared + s.kq;
+#pragma unroll 1
+    for (int i = thread / 32; i < tokens * square; i += warps) {
+      const int token = kSiso ? i : i / square, pair = kSiso ? 0 : i % square;
+      const float *const q = queries + (token * ranks + (kSiso ? 0 : pair / ranks)) * padded;
+      const float *const k = keys + (token * ranks + (kSiso ? 0 : pair % ranks)) * padded;
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int n = 0; n < padded - 4 * lane; n += 128) {
+        const float4 a = *reinterpret_cast<const float4 *>(q + n),
+                     b = *reinterpret_cast<const float4 *>(k + n);
+        sum = fmaf(a.x, b.x, sum), sum = fmaf(a.y, b.y, sum);
+        sum = fmaf(a.z, b.z, sum), sum = fmaf(a.w, b.w, sum);
+      }
+#pragma unroll
+      for (int off = 16; off; off >>= 1) sum += __shfl_xor_sync(~0u, sum, off);
+      if (lane == 0) kq[i] = sum;
+    }
+  }
+
+  // True if something that goes into the states is not finite.
+  __device__ __forceinline__ bool prepare(int tokens) {
+    const int64_t t = span.begin;
+    const Mamba3 &m = p.mamba3;
+    __syncthreads();
+    if (first_term + tokens > nterms) make_terms(t);
+    if (!flags.sent) send_for(t);
+    wait_for_copies();
+    __syncthreads();
+    float sum = 0.0f, any = 0.0f;
+    stage_projection(s.K, p.B, s.B, m.B_bias.given(), s.B_bias, t, tokens, &sum);
+    stage_projection(s.Q, p.C, s.C, m.C_bias.given(), s.C_bias, t, tokens, &any);
+    stage_values(t, tokens, &sum);
+    if (p.angles.given()) stage_angles(t, tokens);
+    const bool bad = __syncthreads_or(sum != 0.0f);
+    flags.sent = false;
+    if (t + tokens < span.end) send_for(t + tokens);
+    if (p.angles.given()) turn_keys(tokens, tokens * ranks());
+    multiply_keys(tokens);
+    return bad || flags.terms_bad;
+  }
+
+  // ---- After the walk
+
+  // Four rows from i on: y of a rank of a token, D included.
+  __device__ __forceinline__ void output(int token, int r, int i, float (&y)[4]) const {
+    const int ranks = this->ranks(), block_rows = s.block_rows, step = token * ranks + r;
+    const auto four = [&](int at) {
+      return *reinterpret_cast<const Pack<float, 4> *>(shared + at);
+    };
+    const float *const kq = shared + s.kq + step * ranks;
+    const TokenTerms term = terms()[token];
+    float now[4] = {};
+    for (int k = 0; k < ranks; ++k) {
+      const Pack<float, 4> u = four(s.U + (token * ranks + k) * block_rows + i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) now[e] = fmaf(kq[k], u.v[e], now[e]);
+    }
+    const Pack<float, 4> before = four(s.Y + step * block_rows + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = fmaf(term.gamma, now[e], __fmul_rn(term.decay, before.v[e]));
+    if (!p.D.given()) return;
+    const Pack<float, 4> D = four(s.D + i), u = four(s.U + step * block_rows + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = fmaf(D.v[e], u.v[e], y[e]);
+  }
+
+  __device__ __forceinline__ void normalise(int tokens) const {
+    const int steps = tokens * ranks();
+    each_cell(tokens, s.block_rows / 4, s.log_rows - 2, [&](int token, int four) {
+      for (int r = 0; r < ranks(); ++r) {
+        Pack<float, 4> y;
+        output(token, r, 4 * four, y.v);
+        *reinterpret_cast<Pack<float, 4> *>(shared + s.Y + (token * ranks() + r) * s.block_rows +
+                                            4 * four) = y;
+      }
+    });
+    __syncthreads();
+    for (int step = this_thread() / 32; step < steps; step += blockDim.x / 32) {
+      const float scale =
+          norm_scale(shared + s.Y + step * s.block_rows, s.headdim, p.mamba3.norm_eps);
+      if (this_thread() % 32 == 0) shared[s.scales + step] = scale;
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void finish(int tokens) const {
+    const Mamba3 &m = p.mamba3;
+    const bool normed = m.norm_weight.given(), summed = m.mimo_out.given(), gated = p.z.given(),
+               zeta = m.mimo_z.given(), quads = s.out_quads;
+    if (normed) normalise(tokens);
+    const Table out(p.out.at(span.row, span.begin, 0, span.head, span.first_row), p.out.dtype,
+                    p.out.stride[1], p.out.stride[4]);
+    const int64_t rank = p.out.stride[2] * (out.dtype == DType::kF32 ? 4 : 2);
+    const int count = rows(), ranks = this->ranks(), block_rows = s.block_rows;
+    const auto four = [&](int at) {
+      return *reinterpret_cast<const Pack<float, 4> *>(shared + at);
+    };
+    each_cell(tokens, (count + 3) / 4, s.log_rows - 2, [&](int token, int column) {
+      const int i = 4 * column;
+      char *const to = const_cast<char *>(out.at(token, i));
+      const auto put = [&](char *first, const float (&v)[4]) {
+        if (quads) return store_four(first, out.dtype, v);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (i + e < count) store(first + e * out.column, out.dtype, v[e]);
+      };
+      float total[4];
+      for (int r = 0; r < ranks; ++r) {
+        const int step = token * ranks + r;
+        float o[4];
+        if (normed) {
+          const Pack<float, 4> y = four(s.Y + step * block_rows + i), by = four(s.norm + i);
+          const float scale = shared[s.scales + step];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[e] = y.v[e] * scale * by.v[e];
+        } else {
+          output(token, r, i, o);
+        }
+        if (gated) {
+          Pack<float, 4> z = four(s.zs + token * block_rows + i);
+          if (zeta) {
+            const Pack<float, 4> by = four(s.zeta + r * block_rows + i);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) z.v[e] = __fmul_rn(by.v[e], z.v[e]);
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[e] *= silu(z.v[e]);
+        }
+        if (summed) {
+          const Pack<float, 4> phi = four(s.phi + r * block_rows + i);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float part = __fmul_rn(phi.v[e], o[e]);
+            total[e] = r ? total[e] + part : part;
+          }
+        } else {
+          put(to + r * rank, o);
+        }
+      }
+      if (summed) put(to, total);
+    });
+  }
+
+  // Pads that come next.
+  __device__ __forceinline__ void skip(int tokens) {
+    first_term += tokens;
+    if (first_term > nterms) first_term = nterms = 0;
+    wait_for_copies();
+    flags.sent = false;
+  }
+
+  // For the next span, and for the states.
+  __device__ __forceinline__ void keep_last(int tokens) {
+    first_term += tokens;
+    if (!p.trap.given()) return;
+    const int first = (tokens - 1) * ranks();
+    each_key([&](float &k, int r, int n) { k = shared[s.K + (first + r) * s.padded + n]; });
+    flags.parity ^= 1;
+    flags.has_before = true;
+  }
+};
+
+}  // namespace ssmk::cuda

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: MIT
+// The ways in which the GPU can do a prefill call; ssd_chunk.cu tries them in turn.
+#pragma once
+
+#include "cuda/kernels.h"
+
+namespace ssmk::cuda {
+
+struct SsdPath {
+  const char *name;
+  // Why it does not take a call, or nullptr if it does: by sizes, dtypes, strides, addresses and
+  // the GPU's compute capability (90 for 9.0).
+  const char *(*refuses)(const SsdChunkProblem &, int capability);
+  ssmk_status (*run)(const SsdChunkProblem &, const Call &);
+  // Bytes, by sizes and dtypes alone: a query has no addresses, and maybe no device.
+  uint64_t (*workspace)(const SsdChunkProblem &);
+};
+
+// Takes every call.
+extern const SsdPath kSsdGeneral;
+
+}  // namespace ssmk::cuda
