@@ -50,17 +50,25 @@ def fields(dtype=F32, batch=2, seqlen=256, nheads=8, headdim=64, ngroups=1, dsta
 # The arguments of a call, the compute capability, the path that takes it and the reasons of others.
 # A path to come adds its name here to what it takes, and its reason to what it does not.
 PATHS = {
-    "float32": (dict(), 90, "general"),
-    "bfloat16": (dict(dtype=BF16), 90, "general"),
-    "bfloat16 on sm_80": (dict(dtype=BF16), 80, "general"),
-    "float16": (dict(dtype=F16), 90, "general"),
-    "groups": (dict(dtype=BF16, ngroups=8), 90, "general"),
-    "odd headdim": (dict(dtype=BF16, headdim=7), 90, "general"),
-    "odd dstate": (dict(dtype=BF16, dstate=33), 90, "general"),
-    "dstate 520": (dict(dtype=BF16, dstate=520), 90, "general"),
-    "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "general"),
-    "MIMO": (dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90, "general"),
-    "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "general"),
+    "float32": (dict(), 90, "wgmma: x is not of 16 bits; general"),
+    "bfloat16": (dict(dtype=BF16), 90, "wgmma"),
+    "bfloat16 on sm_80": (
+        dict(dtype=BF16), 80, "wgmma: needs compute capability 9.0; general"),
+    "float16": (dict(dtype=F16), 90, "wgmma"),
+    "groups": (dict(dtype=BF16, ngroups=8), 90, "wgmma"),
+    "dstate 64": (dict(dtype=BF16, dstate=64), 90, "wgmma"),
+    "headdim 256": (dict(dtype=BF16, headdim=256), 90, "wgmma"),
+    "odd headdim": (
+        dict(dtype=BF16, headdim=7), 90, "wgmma: headdim is not a multiple of 64; general"),
+    "odd dstate": (
+        dict(dtype=BF16, dstate=33), 90, "wgmma: dstate is neither 64 nor 128; general"),
+    "dstate 520": (
+        dict(dtype=BF16, dstate=520), 90, "wgmma: dstate is neither 64 nor 128; general"),
+    "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "wgmma: Mamba-3; general"),
+    "MIMO": (
+        dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90,
+        "wgmma: Mamba-3; general"),
+    "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "wgmma: Mamba-3; general"),
 }
 
 
@@ -96,6 +104,12 @@ VARIANTS = {
     "packed, pool": Ssd(1, 90, 4, 64, 64, nseq=5, pool=ENTRIES, flags="bool", index_dtype=I32),
     "labelled": Ssd(2, 90, 3, 48, 96, seq_idx=True, dtype=BF16),
     "captures": Ssd(2, 90, 3, 48, 96, captures=9),
+    "float16, one head a block": Ssd(2, 150, 3, 64, 128, 3, dtype=F16, captures=5),
+    "two heads a block": Ssd(1, 130, 137, 128, 64, dtype=BF16),
+    "blocks of parts of sequences": Ssd(4, 700, 70, 64, 64, dtype=F16),
+    "segments": Ssd(1, 16500, 3, 64, 128, dtype=BF16),
+    "packed, tiles, pool": Ssd(1, 400, 4, 64, 64, nseq=5, pool=ENTRIES, flags="bool",
+                               index_dtype=I32, dtype=BF16, captures=7),
     "SISO": Ssd(2, 70, 4, 64, 128, has=SISO, dtype=BF16),
     "SISO, pool": Ssd(1, 90, 4, 16, 64, has=SISO, nseq=5, pool=ENTRIES, captures=4),
     "MIMO": Ssd(2, 40, 3, 64, 128, rank=4, has=MIMO, dtype=BF16),
