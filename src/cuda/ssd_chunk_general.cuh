@@ -29,7 +29,8 @@ namespace ssmk::cuda {
 
 template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 struct GeneralBlock {
-  static constexpr int kGroup = 8 / kRows;  // steps whose sums over lanes are added up together
+  // Steps whose sums over lanes are added up together.
+  static constexpr int kGroup = (kLogLanes < 0 ? 4 : 8) / kRows;
   static constexpr int kSums = kGroup * kRows;
 
   const GeneralLaunch &g;
@@ -84,8 +85,7 @@ struct GeneralBlock {
   __device__ __forceinline__ bool read_initial() const {
     float sum = 0.0f;
     const bool given = p.initial.h.given();
-    const Table from(p.initial.h.at(span.slot, span.head), p.initial.h.dtype, p.initial.h.stride[2],
-                     p.initial.h.stride[3]);
+    const Table from = table_of(p.initial.h, p.initial.h.at(span.slot, span.head), 2, 3);
     each_four([&](Pack<float, 4> &v, int row, int n) {
       v = {};
       uint32_t bits[4];
@@ -105,10 +105,10 @@ struct GeneralBlock {
 
   __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry, bool quads) const {
     if (!to.given()) return;
-    const Table table(to.at(entry, span.head), to.dtype, to.stride[2], to.stride[3]);
+    const Table table = table_of(to, to.at(entry, span.head), 2, 3);
     each_four([&](const Pack<float, 4> &v, int row, int n) {
       if (row >= s.headdim) return;
-      char *const first = const_cast<char *>(table.at(row, n));
+      char *const first = table.at(row, n);
       if (quads) return store_four(first, table.dtype, v.v);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
     work.clear();
   }
 
-  if (threadIdx.x == 0) found.last = -1;
+  if (threadIdx.x == 0) found.last = -1, found.nterms = 0;
   work.find_capture(span.begin);
   for (;;) {
     __syncthreads();
