@@ -10,10 +10,11 @@ namespace ssmk::cuda {
 namespace {
 
 constexpr int64_t kMostGrid = 65535;        // blocks along y and z
+constexpr int64_t kOwnShared = 4 << 10;     // what kernels have beside what they are given
 constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that need no asking
 constexpr int64_t kBlocksEach = 2;          // of a multiprocessor
 constexpr int kFewThreads = 64;             // of a block
-constexpr int64_t kMuchShared = 96 << 10;   // beyond it spans get shorter; every GPU has it
+constexpr int64_t kMuchShared = 95 << 10;   // beyond it spans get shorter; every GPU has it
 
 int log_of(int64_t n) {
   int log = 0;
@@ -150,16 +151,16 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t blocks, int64_t *shared) {
 template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 ssmk_status run_shape(const GeneralLaunch &launch, int64_t shared, const Call &call) {
   const auto kernel = ssd_general<kRows, kChunks, kLogLanes, kSiso>;
-  if (shared > kPlainShared) {
+  if (shared + kOwnShared > kPlainShared) {
     int most = 0;
     cudaError_t e =
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, call.device);
-    if (e == cudaSuccess && shared > most)
+    if (e == cudaSuccess && shared + kOwnShared > most)
       return fail(
           SSMK_UNSUPPORTED,
           "%s: B: rank, dstate and headdim of one token of a head must fit into %d bytes of "
           "shared memory on this device, and take %lld",
-          call.op, most, (long long)shared);
+          call.op, most - int(kOwnShared), (long long)shared);
     if (e == cudaSuccess)
       e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (e != cudaSuccess) return device_error(call, "preparing a kernel on", e);

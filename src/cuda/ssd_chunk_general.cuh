@@ -29,10 +29,6 @@ namespace ssmk::cuda {
 
 template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 struct GeneralBlock {
-  // Steps whose sums over lanes are added up together.
-  static constexpr int kGroup = (kLogLanes < 0 ? 4 : 8) / kRows;
-  static constexpr int kSums = kGroup * kRows;
-
   const GeneralLaunch &g;
   const SsdChunkProblem &p;
   const GeneralPlan &s;
@@ -192,29 +188,21 @@ struct GeneralBlock {
     for (int r = 0; r < kRows; ++r) to[r] = rows.v[r];
   }
 
-  // Sums of values over the lanes of a row, to Y.  Each halving leaves a lane with half of the
-  // values; neighbours first, whatever the number of lanes.
-  __device__ __forceinline__ void sum_up(float (&y)[kSums], float *to, int block_rows,
-                                         int log_lanes, bool add) {
+  // Sums over the lanes of a row, to Y.  Each halving leaves a lane with half of the thread's rows;
+  // neighbours first, whatever the number of lanes.
+  __device__ __forceinline__ void sum_up(float (&y)[kRows], float *to, int log_lanes, bool add) {
     int first = 0;
-    halve<kSums / 2>(y, log_lanes, &first);
-    if (lane >= kSums) return;
-    const auto put = [&](int at, float sum) {
-      float *const place = to + (at / kRows) * block_rows + at % kRows;
-      *place = add ? *place + sum : sum;
-    };
-    put(first, y[0]);
-    const int count = kSums >> log_lanes;
-    if (count <= 1) return;
+    halve<kRows / 2>(y, log_lanes, &first);
+    const int count = kRows >> log_lanes;
 #pragma unroll
-    for (int j = 1; j < kSums; ++j)
-      if (j < count) put(first + j, y[j]);
+    for (int j = 0; j < kRows; ++j)
+      if (lane < kRows && (j == 0 || j < count)) to[first + j] = add ? to[first + j] + y[j] : y[j];
   }
 
   // While there are lanes to add: 2 kHalf values become kHalf.
   template <int kHalf>
-  __device__ __forceinline__ void halve(float (&y)[kSums], int log_lanes, int *first) {
-    constexpr int kOff = kHalf ? kSums / 2 / kHalf : kSums;
+  __device__ __forceinline__ void halve(float (&y)[kRows], int log_lanes, int *first) {
+    constexpr int kOff = kHalf ? kRows / 2 / kHalf : kRows;
     if constexpr (kHalf == 0) {
 #pragma unroll
       for (int off = kOff; off < 32; off <<= 1)
@@ -237,19 +225,22 @@ struct GeneralBlock {
     // Copies: what stands in shared memory may change with every store.
     const int padded = s.padded, block_rows = s.block_rows, ranks = kSiso ? 1 : s.rank;
     const int log_lanes = this->log_lanes();
-    float *sums = shared + s.Y + row_tile * s.rows + mine * kRows;
-    const int state = state_tile * s.tile_states + lane * 4, steps = tokens * ranks;
+    const int state = state_tile * s.tile_states + lane * 4;
     const float *queries = shared + s.Q + state, *keys = shared + s.K + state;
     const float *values = shared + s.U + row_tile * s.rows + mine * kRows;
-    int rank = 0, left = tokens;
+    float *sums = shared + s.Y + row_tile * s.rows + mine * kRows;
 #pragma unroll 1
-    for (int first = 0; first < steps; first += kGroup, sums += kGroup * block_rows) {
-      float y[kSums];
+    for (int left = tokens; left; --left) {
+      float y[kRows];
+#pragma unroll 1
+      for (int k = 0; k < ranks; ++k) {
+        // Those of the rank before are added up while this one's are multiplied.
+        if (!kSiso && k > 0) {
+          sum_up(y, sums, log_lanes, state_tile > 0);
+          sums += block_rows;
+        }
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) y[i * kRows + r] = 0.0f;
-        if (i > 0 && first + i >= steps) continue;
+        for (int r = 0; r < kRows; ++r) y[r] = 0.0f;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
           const float4 q4 = *reinterpret_cast<const float4 *>(queries + (c << (log_lanes + 2)));
@@ -258,26 +249,25 @@ struct GeneralBlock {
           for (int e = 0; e < 4; ++e) {
             if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-            for (int r = 0; r < kRows; ++r)
-              y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
+            for (int r = 0; r < kRows; ++r) y[r] = fmaf(h[r][c][e], q[e], y[r]);
           }
         }
         queries += padded;
-        if (!kSiso && ++rank < ranks) continue;
-        rank = 0;
-        const TokenTerms term = *terms++;
-        decay<kCareful>(term);
-        // The span's last token leaves what the next one owes to be added when that comes.
-        const float write = --left ? term.write : term.gamma;
-#pragma unroll 1
-        for (int k = 0; k < ranks; ++k) {
-          float u[kRows];
-          read_rows(values, u);
-          add_product<kCareful>(keys, write, u, state, log_lanes);
-          keys += padded, values += block_rows;
-        }
       }
-      sum_up(y, sums, block_rows, log_lanes, state_tile > 0);
+      const TokenTerms term = *terms++;
+      decay<kCareful>(term);
+      // The span's last token leaves what the next one owes to be added when that comes.
+      const float write = left > 1 ? term.write : term.gamma;
+#pragma unroll 1
+      for (int k = 0; k < ranks; ++k) {
+        float u[kRows];
+        read_rows(values, u);
+        // In the shadow of the products.
+        if (k == 0) sum_up(y, sums, log_lanes, state_tile > 0);
+        add_product<kCareful>(keys, write, u, state, log_lanes);
+        keys += padded, values += block_rows;
+      }
+      sums += block_rows;
     }
   }
 
