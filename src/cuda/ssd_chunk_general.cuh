@@ -27,6 +27,10 @@
 
 namespace ssmk::cuda {
 
+// How the tokens of a span are walked: all decays are slow, or one is not, or something may not be
+// finite.  The bits are the same.
+enum Walk { kSlow, kMixed, kCareful };
+
 template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 struct GeneralBlock {
   const GeneralLaunch &g;
@@ -136,7 +140,7 @@ struct GeneralBlock {
   // ---- Tokens
 
   // h <- h + (weight u) key^T, for the rows and states of the thread.
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void add_product(const float *keys, float weight,
                                               const float (&values)[kRows], int state,
                                               int log_lanes) {
@@ -150,7 +154,7 @@ struct GeneralBlock {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // States past the end are left out, not multiplied by a padded 0.
-        if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
+        if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
       }
@@ -167,15 +171,15 @@ struct GeneralBlock {
         for (int e = 0; e < 4; ++e) f(h[r][c][e]);
   }
 
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void decay(const TokenTerms &term) {
-    if (kCareful) {
+    if (kWalk == kCareful) {
       // What is infinite stays so, and what is not has the bits that it has below.
       each([&](float &v) {
         v = term.slow() && !not_finite(v) ? fmaf(term.decay_less_1, v, v)
                                           : __fmul_rn(term.decay, v);
       });
-    } else if (term.slow()) {
+    } else if (kWalk == kSlow || term.slow()) {
       each([&](float &v) { v = fmaf(term.decay_less_1, v, v); });
     } else {
       each([&](float &v) { v = __fmul_rn(term.decay, v); });
@@ -219,7 +223,7 @@ struct GeneralBlock {
     }
   }
 
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void walk(int tokens, const TokenTerms *terms, int row_tile,
                                        int state_tile) {
     // Copies: what stands in shared memory may change with every store.
@@ -247,7 +251,7 @@ struct GeneralBlock {
           const float q[4] = {q4.x, q4.y, q4.z, q4.w};
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
+            if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
             for (int r = 0; r < kRows; ++r) y[r] = fmaf(h[r][c][e], q[e], y[r]);
           }
@@ -255,7 +259,7 @@ struct GeneralBlock {
         queries += padded;
       }
       const TokenTerms term = *terms++;
-      decay<kCareful>(term);
+      decay<kWalk>(term);
       // The span's last token leaves what the next one owes to be added when that comes.
       const float write = left > 1 ? term.write : term.gamma;
 #pragma unroll 1
@@ -264,7 +268,7 @@ struct GeneralBlock {
         read_rows(values, u);
         // In the shadow of the products.
         if (k == 0) sum_up(y, sums, log_lanes, state_tile > 0);
-        add_product<kCareful>(keys, write, u, state, log_lanes);
+        add_product<kWalk>(keys, write, u, state, log_lanes);
         keys += padded, values += block_rows;
       }
       sums += block_rows;
@@ -272,7 +276,7 @@ struct GeneralBlock {
   }
 
   // What the span's first token owes to the one before it.
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void add_before(float share, const float *v, int row_tile,
                                              int state_tile) {
     const int row = row_tile * s.rows + mine * kRows, ranks = kSiso ? 1 : s.rank;
@@ -285,7 +289,7 @@ struct GeneralBlock {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
           u[r] = __fmul_rn(u[r], shared[s.psi + i * s.block_rows + row + r]);
-      add_product<kCareful>(shared + s.k_before + i * s.padded + state, share, u, state,
+      add_product<kWalk>(shared + s.k_before + i * s.padded + state, share, u, state,
                             log_lanes());
     }
   }
@@ -295,16 +299,21 @@ struct GeneralBlock {
     const int thread = this_thread();
     lane = thread & ((1 << log_lanes()) - 1), mine = thread >> log_lanes();
     const bool before = work.flags.has_before && p.trap.given();
+    const bool slow = __all_sync(~0u, (thread & 31) >= tokens || work.terms()[thread & 31].slow());
     const float share = before ? shared[s.owed + work.first_term] : 0.0f;
     for (int i = 0; i < s.row_tiles; ++i)
       for (int j = 0; j < s.state_tiles; ++j) {
         bring(tile(i, j));
         if (work.flags.careful) {
-          if (before) add_before<true>(share, work.v_before(), i, j);
-          walk<true>(tokens, work.terms(), i, j);
+          if (before) add_before<kCareful>(share, work.v_before(), i, j);
+          walk<kCareful>(tokens, work.terms(), i, j);
         } else {
-          if (before) add_before<false>(share, work.v_before(), i, j);
-          walk<false>(tokens, work.terms(), i, j);
+          if (before) add_before<kMixed>(share, work.v_before(), i, j);
+          if (slow) {
+            walk<kSlow>(tokens, work.terms(), i, j);
+          } else {
+            walk<kMixed>(tokens, work.terms(), i, j);
+          }
         }
         put_back(tile(i, j));
       }
