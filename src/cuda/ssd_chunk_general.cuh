@@ -27,6 +27,17 @@
 
 namespace ssmk::cuda {
 
+// Stores a sum to shared memory if it is `here`, added to what stands there if `add`; without a
+// branch, so that what follows is not held up by what came before.
+__device__ __forceinline__ void add_shared(uint32_t at, float sum, bool here, bool add) {
+  asm volatile(
+      "{\n.reg .pred here, add;\n.reg .f32 old;\nsetp.ne.u32 here, %2, 0;\n"
+      "setp.ne.and.u32 add, %3, 0, here;\nmov.f32 old, 0f00000000;\n"
+      "@add ld.shared.f32 old, [%0];\nadd.f32 old, old, %1;\n@here st.shared.f32 [%0], old;\n}"
+      :
+      : "r"(at), "f"(sum), "r"(uint32_t(here)), "r"(uint32_t(add)));
+}
+
 // How the tokens of a span are walked: all decays are slow, or one is not, or something may not be
 // finite.  The bits are the same.
 enum Walk { kSlow, kMixed, kCareful };
@@ -139,26 +150,32 @@ struct GeneralBlock {
 
   // ---- Tokens
 
+  __device__ __forceinline__ void read_states(const float *from, int log_lanes,
+                                              float (&to)[kChunks][4]) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const float4 v = *reinterpret_cast<const float4 *>(from + (c << (log_lanes + 2)));
+      to[c][0] = v.x, to[c][1] = v.y, to[c][2] = v.z, to[c][3] = v.w;
+    }
+  }
+
   // h <- h + (weight u) key^T, for the rows and states of the thread.
   template <Walk kWalk>
-  __device__ __forceinline__ void add_product(const float *keys, float weight,
+  __device__ __forceinline__ void add_product(const float (&key)[kChunks][4], float weight,
                                               const float (&values)[kRows], int state,
                                               int log_lanes) {
     float u[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) u[r] = __fmul_rn(weight, values[r]);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const float4 k4 = *reinterpret_cast<const float4 *>(keys + (c << (log_lanes + 2)));
-      const float k[4] = {k4.x, k4.y, k4.z, k4.w};
+    for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // States past the end are left out, not multiplied by a padded 0.
         if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
+        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], key[c][e], h[r][c][e]);
       }
-    }
   }
 
   template <class F>
@@ -198,9 +215,11 @@ struct GeneralBlock {
     int first = 0;
     halve<kRows / 2>(y, log_lanes, &first);
     const int count = kRows >> log_lanes;
+    const uint32_t at = shared_address(to + first);
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
-      if (lane < kRows && (j == 0 || j < count)) to[first + j] = add ? to[first + j] + y[j] : y[j];
+      if (j == 0 || kLogLanes < 0)
+        add_shared(at + 4 * j, y[j], lane < kRows && (j == 0 || j < count), add);
   }
 
   // While there are lanes to add: 2 kHalf values become kHalf.
@@ -243,19 +262,18 @@ struct GeneralBlock {
           sum_up(y, sums, log_lanes, state_tile > 0);
           sums += block_rows;
         }
+        float q[kChunks][4];
+        read_states(queries, log_lanes, q);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) y[r] = 0.0f;
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          const float4 q4 = *reinterpret_cast<const float4 *>(queries + (c << (log_lanes + 2)));
-          const float q[4] = {q4.x, q4.y, q4.z, q4.w};
+        for (int c = 0; c < kChunks; ++c)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) y[r] = fmaf(h[r][c][e], q[e], y[r]);
+            for (int r = 0; r < kRows; ++r) y[r] = fmaf(h[r][c][e], q[c][e], y[r]);
           }
-        }
         queries += padded;
       }
       const TokenTerms term = *terms++;
@@ -264,11 +282,13 @@ struct GeneralBlock {
       const float write = left > 1 ? term.write : term.gamma;
 #pragma unroll 1
       for (int k = 0; k < ranks; ++k) {
-        float u[kRows];
+        float u[kRows], key[kChunks][4];
         read_rows(values, u);
+        if (kSiso) read_states(keys, log_lanes, key);
         // In the shadow of the products.
         if (k == 0) sum_up(y, sums, log_lanes, state_tile > 0);
-        add_product<kWalk>(keys, write, u, state, log_lanes);
+        if (!kSiso) read_states(keys, log_lanes, key);
+        add_product<kWalk>(key, write, u, state, log_lanes);
         keys += padded, values += block_rows;
       }
       sums += block_rows;
@@ -289,8 +309,9 @@ struct GeneralBlock {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
           u[r] = __fmul_rn(u[r], shared[s.psi + i * s.block_rows + row + r]);
-      add_product<kWalk>(shared + s.k_before + i * s.padded + state, share, u, state,
-                            log_lanes());
+      float key[kChunks][4];
+      read_states(shared + s.k_before + i * s.padded + state, log_lanes(), key);
+      add_product<kWalk>(key, share, u, state, log_lanes());
     }
   }
 
