@@ -10,10 +10,11 @@ namespace ssmk::cuda {
 namespace {
 
 constexpr int64_t kMostGrid = 65535;        // blocks along y and z
+constexpr int64_t kOwnShared = 4 << 10;     // what kernels have beside what they are given
 constexpr int64_t kPlainShared = 48 << 10;  // bytes of shared memory that need no asking
 constexpr int64_t kBlocksEach = 2;          // of a multiprocessor
 constexpr int kFewThreads = 64;             // of a block
-constexpr int64_t kMuchShared = 96 << 10;   // beyond it spans get shorter; every GPU has it
+constexpr int64_t kMuchShared = 95 << 10;   // beyond it spans get shorter; every GPU has it
 
 int log_of(int64_t n) {
   int log = 0;
@@ -66,16 +67,18 @@ int64_t lay_out(const SsdChunkProblem &p, int tokens, GeneralPlan *plan) {
   s.Y = take(true, steps * s.block_rows);
   s.zs = take(p.z.given(), tokens * int64_t(s.block_rows));
   // Room for it whether it comes ahead or not: a span is as long either way.
-  const auto ahead = [&](Ahead &to, const auto &v, int64_t lines, int64_t columns) {
-    const int64_t pitch = (columns * size_of(v.dtype) + 15) / 16 * 16;
+  const auto source = [&](int which, DType dtype, int64_t lines, int64_t columns) {
+    const int64_t pitch = (columns * size_of(dtype) + 15) / 16 * 16;
+    Source &to = s.sources[which];
     to.pitch = int(pitch);
-    to.at = take(v.given(), lines * pitch / 4);
+    to.at = take(true, lines * pitch / 4);
+    to.log = log_of(columns < 4 ? 4 : columns);
   };
-  ahead(s.B, p.B, s.steps, p.dstate);
-  ahead(s.C, p.C, s.steps, p.dstate);
-  ahead(s.x, p.x, tokens, s.block_rows);
-  ahead(s.z, p.z, tokens, s.block_rows);
-  ahead(s.angles, p.angles, tokens, m.nangles);
+  source(kKeys, p.B.dtype, s.steps, p.dstate);
+  source(kQueries, p.C.dtype, s.steps, p.dstate);
+  source(kX, p.x.dtype, tokens, s.block_rows);
+  source(kZ, p.z.dtype, tokens, s.block_rows);
+  source(kTurns, p.angles.dtype, tokens, m.nangles);
   s.kq = take(true, s.steps * m.rank);
   s.sine = take(p.angles.given(), tokens * m.nangles);
   s.cosine = take(p.angles.given(), tokens * m.nangles);
@@ -129,7 +132,6 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t blocks, int64_t *shared) {
   s.state_tiles = shape.state_tiles;
   s.tile_states = shape.tile_states();
   s.padded = s.tile_states * s.state_tiles;
-  s.log_states = log_of(p.dstate < 4 ? 4 : p.dstate);
   s.log_tile = log_of(s.tile_states);
   s.log_angles = log_of(s.nangles < 4 ? 4 : s.nangles);
   s.has_psi = p.mamba3.mimo_x.given();
@@ -149,16 +151,16 @@ GeneralPlan plan_of(const SsdChunkProblem &p, int64_t blocks, int64_t *shared) {
 template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 ssmk_status run_shape(const GeneralLaunch &launch, int64_t shared, const Call &call) {
   const auto kernel = ssd_general<kRows, kChunks, kLogLanes, kSiso>;
-  if (shared > kPlainShared) {
+  if (shared + kOwnShared > kPlainShared) {
     int most = 0;
     cudaError_t e =
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, call.device);
-    if (e == cudaSuccess && shared > most)
+    if (e == cudaSuccess && shared + kOwnShared > most)
       return fail(
           SSMK_UNSUPPORTED,
           "%s: B: rank, dstate and headdim of one token of a head must fit into %d bytes of "
           "shared memory on this device, and take %lld",
-          call.op, most, (long long)shared);
+          call.op, most - int(kOwnShared), (long long)shared);
     if (e == cudaSuccess)
       e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (e != cudaSuccess) return device_error(call, "preparing a kernel on", e);
@@ -200,19 +202,24 @@ ssmk_status run(const SsdChunkProblem &p, const Call &call) {
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.device);
   if (e != cudaSuccess) return device_error(call, "asking about", e);
   g.plan = plan_of(p, kBlocksEach * multiprocessors, &shared);
-  const auto ahead = [](const auto &v, int axis, int64_t size, int64_t first) {
-    const int64_t item = size_of(v.dtype);
-    return v.given() && size * item % 16 == 0 && first * item % 16 == 0 && packs_along(v, axis, 16);
-  };
-  g.plan.out_quads = p.headdim % 4 == 0 && packs_of(p.out, 4, 4);
-  g.plan.final_quads = p.dstate % 4 == 0 && packs_of(p.final.h, 3, 4);
-  g.plan.captured_quads = p.dstate % 4 == 0 && packs_of(p.captured.h, 3, 4);
   const int64_t slice = g.plan.slices > 1 ? g.plan.block_rows : 0;
-  g.plan.B.given = ahead(p.B, 4, p.dstate, 0);
-  g.plan.C.given = ahead(p.C, 4, p.dstate, 0);
-  g.plan.x.given = ahead(p.x, 3, p.headdim, slice);
-  g.plan.z.given = ahead(p.z, 3, p.headdim, slice);
-  g.plan.angles.given = ahead(p.angles, 3, p.mamba3.nangles, 0);
+  // Axes: batch, token, rank (or -1), group or head, column.
+  const auto source = [&](int which, const auto &v, const int (&axes)[5], int64_t size,
+                          int64_t first) {
+    Source &to = g.plan.sources[which];
+    const int64_t item = size_of(v.dtype);
+    const auto stride = [&](int i) { return axes[i] < 0 ? 0 : v.stride[axes[i]] * item; };
+    to.data = v.data, to.dtype = v.dtype;
+    to.batch = stride(0), to.token = stride(1), to.rank = stride(2), to.inner = stride(3);
+    to.column = stride(4);
+    to.ahead =
+        v.given() && size * item % 16 == 0 && first * item % 16 == 0 && packs_along(v, axes[4], 16);
+  };
+  source(kKeys, p.B, {0, 1, 2, 3, 4}, p.dstate, 0);
+  source(kQueries, p.C, {0, 1, 2, 3, 4}, p.dstate, 0);
+  source(kX, p.x, {0, 1, -1, 2, 3}, p.headdim, slice);
+  source(kZ, p.z, {0, 1, -1, 2, 3}, p.headdim, slice);
+  source(kTurns, p.angles, {0, 1, -1, 2, 3}, p.mamba3.nangles, 0);
   return run_any(g, shared, call);
 }
 

@@ -27,11 +27,23 @@
 
 namespace ssmk::cuda {
 
+// Stores a sum to shared memory if it is `here`, added to what stands there if `add`; without a
+// branch, so that what follows is not held up by what came before.
+__device__ __forceinline__ void add_shared(uint32_t at, float sum, bool here, bool add) {
+  asm volatile(
+      "{\n.reg .pred here, add;\n.reg .f32 old;\nsetp.ne.u32 here, %2, 0;\n"
+      "setp.ne.and.u32 add, %3, 0, here;\nmov.f32 old, 0f00000000;\n"
+      "@add ld.shared.f32 old, [%0];\nadd.f32 old, old, %1;\n@here st.shared.f32 [%0], old;\n}"
+      :
+      : "r"(at), "f"(sum), "r"(uint32_t(here)), "r"(uint32_t(add)));
+}
+
+// How the tokens of a span are walked: all decays are slow, or one is not, or something may not be
+// finite.  The bits are the same.
+enum Walk { kSlow, kMixed, kCareful };
+
 template <int kRows, int kChunks, int kLogLanes, bool kSiso>
 struct GeneralBlock {
-  static constexpr int kGroup = 8 / kRows;  // steps whose sums over lanes are added up together
-  static constexpr int kSums = kGroup * kRows;
-
   const GeneralLaunch &g;
   const SsdChunkProblem &p;
   const GeneralPlan &s;
@@ -84,8 +96,7 @@ struct GeneralBlock {
   __device__ __forceinline__ bool read_initial() const {
     float sum = 0.0f;
     const bool given = p.initial.h.given();
-    const Table from(p.initial.h.at(span.slot, span.head), p.initial.h.dtype, p.initial.h.stride[2],
-                     p.initial.h.stride[3]);
+    const Table from = table_of(p.initial.h, p.initial.h.at(span.slot, span.head), 2, 3);
     each_four([&](Pack<float, 4> &v, int row, int n) {
       v = {};
       uint32_t bits[4];
@@ -105,10 +116,10 @@ struct GeneralBlock {
 
   __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry, bool quads) const {
     if (!to.given()) return;
-    const Table table(to.at(entry, span.head), to.dtype, to.stride[2], to.stride[3]);
+    const Table table = table_of(to, to.at(entry, span.head), 2, 3);
     each_four([&](const Pack<float, 4> &v, int row, int n) {
       if (row >= s.headdim) return;
-      char *const first = const_cast<char *>(table.at(row, n));
+      char *const first = table.at(row, n);
       if (quads) return store_four(first, table.dtype, v.v);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
@@ -139,26 +150,32 @@ struct GeneralBlock {
 
   // ---- Tokens
 
+  __device__ __forceinline__ void read_states(const float *from, int log_lanes,
+                                              float (&to)[kChunks][4]) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const float4 v = *reinterpret_cast<const float4 *>(from + (c << (log_lanes + 2)));
+      to[c][0] = v.x, to[c][1] = v.y, to[c][2] = v.z, to[c][3] = v.w;
+    }
+  }
+
   // h <- h + (weight u) key^T, for the rows and states of the thread.
-  template <bool kCareful>
-  __device__ __forceinline__ void add_product(const float *keys, float weight,
+  template <Walk kWalk>
+  __device__ __forceinline__ void add_product(const float (&key)[kChunks][4], float weight,
                                               const float (&values)[kRows], int state,
                                               int log_lanes) {
     float u[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) u[r] = __fmul_rn(weight, values[r]);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const float4 k4 = *reinterpret_cast<const float4 *>(keys + (c << (log_lanes + 2)));
-      const float k[4] = {k4.x, k4.y, k4.z, k4.w};
+    for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // States past the end are left out, not multiplied by a padded 0.
-        if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
+        if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
+        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], key[c][e], h[r][c][e]);
       }
-    }
   }
 
   template <class F>
@@ -171,15 +188,15 @@ struct GeneralBlock {
         for (int e = 0; e < 4; ++e) f(h[r][c][e]);
   }
 
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void decay(const TokenTerms &term) {
-    if (kCareful) {
+    if (kWalk == kCareful) {
       // What is infinite stays so, and what is not has the bits that it has below.
       each([&](float &v) {
         v = term.slow() && !not_finite(v) ? fmaf(term.decay_less_1, v, v)
                                           : __fmul_rn(term.decay, v);
       });
-    } else if (term.slow()) {
+    } else if (kWalk == kSlow || term.slow()) {
       each([&](float &v) { v = fmaf(term.decay_less_1, v, v); });
     } else {
       each([&](float &v) { v = __fmul_rn(term.decay, v); });
@@ -192,29 +209,23 @@ struct GeneralBlock {
     for (int r = 0; r < kRows; ++r) to[r] = rows.v[r];
   }
 
-  // Sums of values over the lanes of a row, to Y.  Each halving leaves a lane with half of the
-  // values; neighbours first, whatever the number of lanes.
-  __device__ __forceinline__ void sum_up(float (&y)[kSums], float *to, int block_rows,
-                                         int log_lanes, bool add) {
+  // Sums over the lanes of a row, to Y.  Each halving leaves a lane with half of the thread's rows;
+  // neighbours first, whatever the number of lanes.
+  __device__ __forceinline__ void sum_up(float (&y)[kRows], float *to, int log_lanes, bool add) {
     int first = 0;
-    halve<kSums / 2>(y, log_lanes, &first);
-    if (lane >= kSums) return;
-    const auto put = [&](int at, float sum) {
-      float *const place = to + (at / kRows) * block_rows + at % kRows;
-      *place = add ? *place + sum : sum;
-    };
-    put(first, y[0]);
-    const int count = kSums >> log_lanes;
-    if (count <= 1) return;
+    halve<kRows / 2>(y, log_lanes, &first);
+    const int count = kRows >> log_lanes;
+    const uint32_t at = shared_address(to + first);
 #pragma unroll
-    for (int j = 1; j < kSums; ++j)
-      if (j < count) put(first + j, y[j]);
+    for (int j = 0; j < kRows; ++j)
+      if (j == 0 || kLogLanes < 0)
+        add_shared(at + 4 * j, y[j], lane < kRows && (j == 0 || j < count), add);
   }
 
   // While there are lanes to add: 2 kHalf values become kHalf.
   template <int kHalf>
-  __device__ __forceinline__ void halve(float (&y)[kSums], int log_lanes, int *first) {
-    constexpr int kOff = kHalf ? kSums / 2 / kHalf : kSums;
+  __device__ __forceinline__ void halve(float (&y)[kRows], int log_lanes, int *first) {
+    constexpr int kOff = kHalf ? kRows / 2 / kHalf : kRows;
     if constexpr (kHalf == 0) {
 #pragma unroll
       for (int off = kOff; off < 32; off <<= 1)
@@ -231,58 +242,61 @@ struct GeneralBlock {
     }
   }
 
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void walk(int tokens, const TokenTerms *terms, int row_tile,
                                        int state_tile) {
     // Copies: what stands in shared memory may change with every store.
     const int padded = s.padded, block_rows = s.block_rows, ranks = kSiso ? 1 : s.rank;
     const int log_lanes = this->log_lanes();
-    float *sums = shared + s.Y + row_tile * s.rows + mine * kRows;
-    const int state = state_tile * s.tile_states + lane * 4, steps = tokens * ranks;
+    const int state = state_tile * s.tile_states + lane * 4;
     const float *queries = shared + s.Q + state, *keys = shared + s.K + state;
     const float *values = shared + s.U + row_tile * s.rows + mine * kRows;
-    int rank = 0, left = tokens;
+    float *sums = shared + s.Y + row_tile * s.rows + mine * kRows;
 #pragma unroll 1
-    for (int first = 0; first < steps; first += kGroup, sums += kGroup * block_rows) {
-      float y[kSums];
+    for (int left = tokens; left; --left) {
+      float y[kRows];
+#pragma unroll 1
+      for (int k = 0; k < ranks; ++k) {
+        // Those of the rank before are added up while this one's are multiplied.
+        if (!kSiso && k > 0) {
+          sum_up(y, sums, log_lanes, state_tile > 0);
+          sums += block_rows;
+        }
+        float q[kChunks][4];
+        read_states(queries, log_lanes, q);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+        for (int r = 0; r < kRows; ++r) y[r] = 0.0f;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) y[i * kRows + r] = 0.0f;
-        if (i > 0 && first + i >= steps) continue;
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          const float4 q4 = *reinterpret_cast<const float4 *>(queries + (c << (log_lanes + 2)));
-          const float q[4] = {q4.x, q4.y, q4.z, q4.w};
+        for (int c = 0; c < kChunks; ++c)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
+            if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-            for (int r = 0; r < kRows; ++r)
-              y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
+            for (int r = 0; r < kRows; ++r) y[r] = fmaf(h[r][c][e], q[c][e], y[r]);
           }
-        }
         queries += padded;
-        if (!kSiso && ++rank < ranks) continue;
-        rank = 0;
-        const TokenTerms term = *terms++;
-        decay<kCareful>(term);
-        // The span's last token leaves what the next one owes to be added when that comes.
-        const float write = --left ? term.write : term.gamma;
-#pragma unroll 1
-        for (int k = 0; k < ranks; ++k) {
-          float u[kRows];
-          read_rows(values, u);
-          add_product<kCareful>(keys, write, u, state, log_lanes);
-          keys += padded, values += block_rows;
-        }
       }
-      sum_up(y, sums, block_rows, log_lanes, state_tile > 0);
+      const TokenTerms term = *terms++;
+      decay<kWalk>(term);
+      // The span's last token leaves what the next one owes to be added when that comes.
+      const float write = left > 1 ? term.write : term.gamma;
+#pragma unroll 1
+      for (int k = 0; k < ranks; ++k) {
+        float u[kRows], key[kChunks][4];
+        read_rows(values, u);
+        if (kSiso) read_states(keys, log_lanes, key);
+        // In the shadow of the products.
+        if (k == 0) sum_up(y, sums, log_lanes, state_tile > 0);
+        if (!kSiso) read_states(keys, log_lanes, key);
+        add_product<kWalk>(key, write, u, state, log_lanes);
+        keys += padded, values += block_rows;
+      }
+      sums += block_rows;
     }
   }
 
   // What the span's first token owes to the one before it.
-  template <bool kCareful>
+  template <Walk kWalk>
   __device__ __forceinline__ void add_before(float share, const float *v, int row_tile,
                                              int state_tile) {
     const int row = row_tile * s.rows + mine * kRows, ranks = kSiso ? 1 : s.rank;
@@ -295,8 +309,9 @@ struct GeneralBlock {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
           u[r] = __fmul_rn(u[r], shared[s.psi + i * s.block_rows + row + r]);
-      add_product<kCareful>(shared + s.k_before + i * s.padded + state, share, u, state,
-                            log_lanes());
+      float key[kChunks][4];
+      read_states(shared + s.k_before + i * s.padded + state, log_lanes(), key);
+      add_product<kWalk>(key, share, u, state, log_lanes());
     }
   }
 
@@ -305,16 +320,21 @@ struct GeneralBlock {
     const int thread = this_thread();
     lane = thread & ((1 << log_lanes()) - 1), mine = thread >> log_lanes();
     const bool before = work.flags.has_before && p.trap.given();
+    const bool slow = __all_sync(~0u, (thread & 31) >= tokens || work.terms()[thread & 31].slow());
     const float share = before ? shared[s.owed + work.first_term] : 0.0f;
     for (int i = 0; i < s.row_tiles; ++i)
       for (int j = 0; j < s.state_tiles; ++j) {
         bring(tile(i, j));
         if (work.flags.careful) {
-          if (before) add_before<true>(share, work.v_before(), i, j);
-          walk<true>(tokens, work.terms(), i, j);
+          if (before) add_before<kCareful>(share, work.v_before(), i, j);
+          walk<kCareful>(tokens, work.terms(), i, j);
         } else {
-          if (before) add_before<false>(share, work.v_before(), i, j);
-          walk<false>(tokens, work.terms(), i, j);
+          if (before) add_before<kMixed>(share, work.v_before(), i, j);
+          if (slow) {
+            walk<kSlow>(tokens, work.terms(), i, j);
+          } else {
+            walk<kMixed>(tokens, work.terms(), i, j);
+          }
         }
         put_back(tile(i, j));
       }
@@ -354,7 +374,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
     work.clear();
   }
 
-  if (threadIdx.x == 0) found.last = -1;
+  if (threadIdx.x == 0) found.last = -1, found.nterms = 0;
   work.find_capture(span.begin);
   for (;;) {
     __syncthreads();

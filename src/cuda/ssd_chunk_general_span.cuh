@@ -13,11 +13,19 @@ constexpr int kGeneralTokens = 16;     // of a span, at most
 constexpr int kTermTokens = 128;       // whose decays and weights are made together
 constexpr int64_t kNever = INT64_MAX;  // a token that does not come
 
-// A tensor's part of a span, which comes to shared memory while the span before is walked: rows of
-// `pitch` bytes from float number `at` on.
-struct Ahead {
-  bool given;
+// The tensors whose tokens come to shared memory.
+enum { kKeys, kQueries, kX, kZ, kTurns, kSources };
+
+// One of them: strides in bytes; `inner` is that of groups or heads.
+struct Source {
+  const char *data;
+  int64_t batch, token, rank, inner, column;
+  DType dtype;
+  // Its part of a span comes while the span before is walked, around the registers: rows of `pitch`
+  // bytes from float number `at` on.
+  bool ahead;
   int at, pitch;
+  int log;  // of the power of two that holds its columns, of 4 at least
 };
 
 // The cut of a call.  Offsets into shared memory count floats and are multiples of 4.
@@ -28,9 +36,9 @@ struct GeneralPlan {
   int block_rows, slices;        // rows of a block; blocks of a head
   int tokens, steps;             // of a span; a step is a rank of a token
   int headdim, dstate, rank, nangles;
-  int log_rows, log_states, log_angles, log_tile;  // of the powers of two that hold a row of work
+  int log_rows, log_angles, log_tile;  // of the powers of two that hold a row of work
   bool has_psi, out_quads, final_quads, captured_quads;
-  Ahead B, C, x, z, angles;
+  Source sources[kSources];
   int states, K, Q, U, Y, zs, kq, sine, cosine, theta, raw_theta, k_before, v_before;
   int psi, zeta, phi, D, norm, B_bias, C_bias, terms, owed, dt, scales, ids;
 };
@@ -49,10 +57,11 @@ struct Span {
   bool pad, has_initial;
 };
 
-// In shared memory: the next token that is captured, one of its captures, and the id of the last
-// token.
+// In shared memory: the next token that is captured, one of its captures, the id of the last token,
+// and the tokens whose decays and weights are there.
 struct Found {
   int64_t token, capture, last;
+  int nterms;
 };
 
 struct Run {
@@ -144,20 +153,20 @@ __device__ __forceinline__ void each_cell(int rows, int columns, int log, const 
 
 // Rows and columns of a tensor of floats; strides in bytes.
 struct Table {
-  const char *data;
+  char *data;
   int64_t row, column;
   DType dtype;
 
-  __device__ __forceinline__ Table(const char *first, DType type, int64_t row_stride,
-                                   int64_t column_stride)
-      : data(first), dtype(type) {
-    const int64_t item = type == DType::kF32 ? 4 : 2;
-    row = row_stride * item, column = column_stride * item;
-  }
-  __device__ __forceinline__ const char *at(int r, int c = 0) const {
+  __device__ __forceinline__ char *at(int r, int c = 0) const {
     return data + r * row + c * column;
   }
 };
+
+template <int Rank>
+__device__ __forceinline__ Table table_of(const View<Rank> &v, char *first, int row, int column) {
+  const int64_t item = v.dtype == DType::kF32 ? 4 : 2;
+  return {first, v.stride[row] * item, v.stride[column] * item, v.dtype};
+}
 
 // The same for cells that come from memory: several loads are under way at once.
 template <class Put>
@@ -198,7 +207,7 @@ struct SpanWork {
     unsigned parity : 1;      // which of two v_before it is
     unsigned careful : 1;     // states may not be finite
   } flags = {};
-  int first_term = 0, nterms = 0;  // the next token's, of those that are there
+  int first_term = 0;  // the next token's, of those that are there
 
   __device__ __forceinline__ SpanWork(const SsdChunkProblem &problem, const GeneralPlan &plan,
                                       float *memory, const Span &here, Found &captures)
@@ -395,7 +404,7 @@ struct SpanWork {
     TokenTerms *const terms = reinterpret_cast<TokenTerms *>(shared + s.terms);
     const bool trap = p.trap.given();
     bool bad = false;
-    first_term = 0, nterms = count;
+    first_term = 0;
     for (int i = this_thread(); i < count; i += blockDim.x) {
       // All are under way before one is used.
       const uint32_t dt_bits = load_given(p.dt.at(span.row, t + i, span.head), p.dt.dtype),
@@ -423,6 +432,7 @@ struct SpanWork {
       shared[s.owed + i] = owed, shared[s.dt + i] = dt;
     }
     flags.terms_bad = __syncthreads_or(bad) != 0;
+    if (this_thread() == 0) found.nterms = count;
     if (trap)
       for (int i = this_thread(); i + 1 < count; i += blockDim.x)
         terms[i].write = terms[i].gamma + shared[s.owed + i + 1];
@@ -430,135 +440,130 @@ struct SpanWork {
 
   // ---- Tensors on their way to shared memory
 
-  // Rows of some elements, in sixteens of bytes; log is that of the elements.
-  __device__ __forceinline__ void copy_rows(const Ahead &to, int skip, int pitch, const Table &from,
-                                            int rows, int columns, int log) const {
-    char *const base = reinterpret_cast<char *>(shared + to.at) + skip;
-    const int log_each = from.dtype == DType::kF32 ? 2 : 3;
-    each_cell(rows, columns >> log_each, log - log_each, [&](int row, int i) {
-      copy_ahead(base + row * pitch + i * 16, from.at(row) + i * 16);
-    });
+  // Of a tensor's rank r, from token t on.
+  __device__ __forceinline__ Table part_of(const Source &from, int which, int64_t t, int r) const {
+    const bool keys = which <= kQueries, rows = which == kX || which == kZ;
+    const char *const first = from.data + span.row * from.batch + t * from.token + r * from.rank +
+                              (keys ? span.group : span.head) * from.inner +
+                              (rows ? span.first_row : 0) * from.column;
+    return {const_cast<char *>(first), from.token, from.column, from.dtype};
   }
-
-  __device__ __forceinline__ Table table_of(const View<5> &v, int64_t t, int r) const {
-    return Table(v.at(span.row, t, r, span.group), v.dtype, v.stride[1], v.stride[4]);
-  }
-  __device__ __forceinline__ Table table_of(const View<4> &v, int64_t t) const {
-    return Table(v.at(span.row, t, span.head, span.first_row), v.dtype, v.stride[1], v.stride[3]);
-  }
-  __device__ __forceinline__ Table angles_at(int64_t t) const {
-    return Table(p.angles.at(span.row, t, span.head), p.angles.dtype, p.angles.stride[1],
-                 p.angles.stride[3]);
-  }
-
-  __device__ __forceinline__ void copy_projection(const Ahead &to, const View<5> &v, int64_t t,
-                                                  int tokens) const {
-    if (!to.given) return;
-    for (int r = 0; r < ranks(); ++r)
-      copy_rows(to, r * to.pitch, ranks() * to.pitch, table_of(v, t, r), tokens, s.dstate,
-                s.log_states);
+  __device__ __forceinline__ int columns_of(int which) const {
+    return which <= kQueries ? s.dstate : which == kTurns ? s.nangles : rows();
   }
 
   // Sends for the tokens of a span.
   __device__ __forceinline__ void send_for(int64_t t) {
     const int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
     flags.sent = true;
-    copy_projection(s.B, p.B, t, tokens);
-    copy_projection(s.C, p.C, t, tokens);
-    if (s.x.given) copy_rows(s.x, 0, s.x.pitch, table_of(p.x, t), tokens, rows(), s.log_rows);
-    if (s.z.given) copy_rows(s.z, 0, s.z.pitch, table_of(p.z, t), tokens, rows(), s.log_rows);
-    if (s.angles.given)
-      copy_rows(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles);
+#pragma unroll 1
+    for (int which = 0; which < kSources; ++which) {
+      const Source &from = s.sources[which];
+      if (!from.ahead) continue;
+      const int ranks = which <= kQueries ? this->ranks() : 1, pitch = from.pitch,
+                log_each = from.dtype == DType::kF32 ? 2 : 3;
+      for (int r = 0; r < ranks; ++r) {
+        const Table table = part_of(from, which, t, r);
+        char *const to = reinterpret_cast<char *>(shared + from.at) + r * pitch;
+        each_cell(tokens, columns_of(which) >> log_each, from.log - log_each, [&](int row, int i) {
+          copy_ahead(to + row * ranks * pitch + i * 16, table.at(row) + i * 16);
+        });
+      }
+    }
   }
 
-  // put(row, column, values): four neighbours that came ahead, or one where they did not.
+  // put(row, column, values) of rank r: four neighbours that came ahead, or one where they did not.
   template <class Put>
-  __device__ __forceinline__ void each_staged(const Ahead &from, int skip, int pitch,
-                                              const Table &table, int rows, int columns, int log,
+  __device__ __forceinline__ void each_staged(int which, int64_t t, int tokens, int ranks, int r,
                                               const Put &put) const {
-    if (!from.given) return each_loaded(table, rows, columns, log, put);
-    const char *const base = reinterpret_cast<const char *>(shared + from.at) + skip;
-    const int four = table.dtype == DType::kF32 ? 16 : 8;
-    each_cell(rows, columns / 4, log - 2, [&](int row, int i) {
-      put(row, 4 * i, read_four(base + row * pitch + i * four, table.dtype));
+    const Source &from = s.sources[which];
+    const int columns = columns_of(which);
+    if (!from.ahead) return each_loaded(part_of(from, which, t, r), tokens, columns, from.log, put);
+    const char *const base = reinterpret_cast<const char *>(shared + from.at) + r * from.pitch;
+    const int pitch = ranks * from.pitch;
+    const DType dtype = from.dtype;
+    const int four = dtype == DType::kF32 ? 16 : 8;
+    each_cell(tokens, columns / 4, from.log - 2, [&](int row, int i) {
+      put(row, 4 * i, read_four(base + row * pitch + i * four, dtype));
     });
   }
 
-  // Keys (with their bias), or queries, rank by rank.  `bad` becomes NaN if one is not finite.
-  __device__ __forceinline__ void stage_projection(int to, const View<5> &from, const Ahead &ahead,
-                                                   bool biased, int bias, int64_t t, int tokens,
-                                                   float *bad) const {
-    float sum = *bad;
-    for (int r = 0; r < ranks(); ++r) {
-      const float *const add = shared + bias + r * s.padded;
-      float *const rank = shared + to + r * s.padded;
-      const int step = ranks() * s.padded;
-      each_staged(ahead, r * ahead.pitch, ranks() * ahead.pitch, table_of(from, t, r), tokens,
-                  s.dstate, s.log_states, [&](int token, int n, auto v) {
-                    using Values = decltype(v);
-                    constexpr int kCount = int(sizeof(v) / sizeof(float));
-                    if (biased) {
-                      const Values b = *reinterpret_cast<const Values *>(add + n);
+  // Keys and queries with their biases.  Returns NaN if a key is not finite, else 0.
+  __device__ __forceinline__ float stage_keys(int64_t t, int tokens) const {
+    float bad = 0.0f;
+    const int ranks = this->ranks(), padded = s.padded;
+#pragma unroll 1
+    for (int which = kKeys; which <= kQueries; ++which) {
+      const bool keys = which == kKeys;
+      const bool biased = (keys ? p.mamba3.B_bias : p.mamba3.C_bias).given();
+      const float *const biases = shared + (keys ? s.B_bias : s.C_bias);
+      float *const to = shared + (keys ? s.K : s.Q);
+      float sum = 0.0f;
+      for (int r = 0; r < ranks; ++r) {
+        const float *const bias = biases + r * padded;
+        each_staged(which, t, tokens, ranks, r, [&](int token, int n, auto v) {
+          using Values = decltype(v);
+          constexpr int kCount = int(sizeof(v) / sizeof(float));
+          if (biased) {
+            const Values b = *reinterpret_cast<const Values *>(bias + n);
 #pragma unroll
-                      for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
-                    }
+            for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
+          }
 #pragma unroll
-                    for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
-                    *reinterpret_cast<Values *>(rank + token * step + n) = v;
-                  });
+          for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+          *reinterpret_cast<Values *>(to + (token * ranks + r) * padded + n) = v;
+        });
+      }
+      if (keys) bad = sum;
     }
-    *bad = sum;
+    return bad;
   }
 
-  // put(token, i, values) of a tensor's rows, 0 where there are none.
-  template <class Put>
-  __device__ __forceinline__ void stage_rows(const View<4> &from, const Ahead &ahead, int64_t t,
-                                             int tokens, const Put &put) const {
-    const int count = rows();
-    each_staged(ahead, 0, ahead.pitch, table_of(from, t), tokens, count, s.log_rows, put);
-    if (count < s.block_rows)
-      each_cell(tokens, s.block_rows - count, s.log_rows,
-                [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
-  }
-
-  __device__ __forceinline__ void stage_values(int64_t t, int tokens, float *bad) const {
-    float sum = *bad;
-    const int ranks = this->ranks(), block_rows = s.block_rows;
-    const bool keeps = p.trap.given(), has_psi = s.has_psi;
+  // x times psi, and z; zeros in rows that there are not.  Returns NaN if an x is not finite.
+  __device__ __forceinline__ float stage_values(int64_t t, int tokens) const {
+    float bad = 0.0f;
+    const int block_rows = s.block_rows, count = rows();
     // Of the last token, for the next span.
     float *const kept = shared + s.v_before + (1 - flags.parity) * block_rows;
-    float *const U = shared + s.U;
     const float *const psi = shared + s.psi;
-    stage_rows(p.x, s.x, t, tokens, [&](int token, int i, auto x) {
-      using Values = decltype(x);
-      constexpr int kCount = int(sizeof(x) / sizeof(float));
+#pragma unroll 1
+    for (int which = kX; which <= kZ; ++which) {
+      const bool x = which == kX, keeps = x && p.trap.given(), has_psi = x && s.has_psi;
+      const int ranks = x ? this->ranks() : 1;
+      float *const to = shared + (x ? s.U : s.zs);
+      float sum = 0.0f;
+      if (!x && !p.z.given()) continue;
+      const auto put = [&](int token, int i, auto v) {
+        using Values = decltype(v);
+        constexpr int kCount = int(sizeof(v) / sizeof(float));
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) sum = fmaf(x.v[e], 0.0f, sum);
-      if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = x;
-      for (int r = 0; r < ranks; ++r) {
-        Values u = x;
-        if (has_psi) {
-          const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
+        for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+        if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = v;
+        for (int r = 0; r < ranks; ++r) {
+          Values u = v;
+          if (has_psi) {
+            const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(x.v[e], by.v[e]);
+            for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(v.v[e], by.v[e]);
+          }
+          *reinterpret_cast<Values *>(to + (token * ranks + r) * block_rows + i) = u;
         }
-        *reinterpret_cast<Values *>(U + (token * ranks + r) * block_rows + i) = u;
-      }
-    });
-    *bad = sum;
-    if (!p.z.given()) return;
-    float *const zs = shared + s.zs;
-    stage_rows(p.z, s.z, t, tokens, [&](int token, int i, auto z) {
-      *reinterpret_cast<decltype(z) *>(zs + token * block_rows + i) = z;
-    });
+      };
+      each_staged(which, t, tokens, 1, 0, put);
+      if (count < block_rows)
+        each_cell(tokens, block_rows - count, s.log_rows,
+                  [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
+      if (x) bad = sum;
+    }
+    return bad;
   }
 
   __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
-    each_staged(s.angles, 0, s.angles.pitch, angles_at(t), tokens, s.nangles, s.log_angles,
-                [&](int i, int j, auto v) {
-                  for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
-                    shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
-                });
+    each_staged(kTurns, t, tokens, 1, 0, [&](int i, int j, auto v) {
+#pragma unroll
+      for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
+        shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
+    });
   }
 
   // theta in half turns is exact to its double; its sine and cosine are those of a float and of
@@ -626,18 +631,14 @@ struct SpanWork {
   // True if something that goes into the states is not finite.
   __device__ __forceinline__ bool prepare(int tokens) {
     const int64_t t = span.begin;
-    const Mamba3 &m = p.mamba3;
     __syncthreads();
-    if (first_term + tokens > nterms) make_terms(t);
+    if (first_term + tokens > found.nterms) make_terms(t);
     if (!flags.sent) send_for(t);
     wait_for_copies();
     __syncthreads();
-    float sum = 0.0f, any = 0.0f;
-    stage_projection(s.K, p.B, s.B, m.B_bias.given(), s.B_bias, t, tokens, &sum);
-    stage_projection(s.Q, p.C, s.C, m.C_bias.given(), s.C_bias, t, tokens, &any);
-    stage_values(t, tokens, &sum);
+    const float keys = stage_keys(t, tokens), values = stage_values(t, tokens);
     if (p.angles.given()) stage_angles(t, tokens);
-    const bool bad = __syncthreads_or(sum != 0.0f);
+    const bool bad = __syncthreads_or(keys != 0.0f || values != 0.0f);
     flags.sent = false;
     if (t + tokens < span.end) send_for(t + tokens);
     if (p.angles.given()) turn_keys(tokens, tokens * ranks());
@@ -694,8 +695,8 @@ struct SpanWork {
     const bool normed = m.norm_weight.given(), summed = m.mimo_out.given(), gated = p.z.given(),
                zeta = m.mimo_z.given(), quads = s.out_quads;
     if (normed) normalise(tokens);
-    const Table out(p.out.at(span.row, span.begin, 0, span.head, span.first_row), p.out.dtype,
-                    p.out.stride[1], p.out.stride[4]);
+    const Table out =
+        table_of(p.out, p.out.at(span.row, span.begin, 0, span.head, span.first_row), 1, 4);
     const int64_t rank = p.out.stride[2] * (out.dtype == DType::kF32 ? 4 : 2);
     const int count = rows(), ranks = this->ranks(), block_rows = s.block_rows;
     const auto four = [&](int at) {
@@ -703,7 +704,7 @@ struct SpanWork {
     };
     each_cell(tokens, (count + 3) / 4, s.log_rows - 2, [&](int token, int column) {
       const int i = 4 * column;
-      char *const to = const_cast<char *>(out.at(token, i));
+      char *const to = out.at(token, i);
       const auto put = [&](char *first, const float (&v)[4]) {
         if (quads) return store_four(first, out.dtype, v);
 #pragma unroll
@@ -749,8 +750,7 @@ struct SpanWork {
 
   // Pads that come next.
   __device__ __forceinline__ void skip(int tokens) {
-    first_term += tokens;
-    if (first_term > nterms) first_term = nterms = 0;
+    first_term = first_term < kTermTokens ? first_term + tokens : kTermTokens;
     wait_for_copies();
     flags.sent = false;
   }
