@@ -10,7 +10,7 @@ import pytest
 import ssmk
 from ssmk._cffi import ffi
 
-from capi import Call
+from capi import Call, Tensor
 from cases import BF16, F16, F32, I32, TOLERANCE
 from cases_ssd import FINAL, MIMO, PARTS, SISO, Ssd, make
 from test_cuda import built, on_cuda, same, spread, torch  # noqa: F401
@@ -49,26 +49,57 @@ def fields(dtype=F32, batch=2, seqlen=256, nheads=8, headdim=64, ngroups=1, dsta
 
 # The arguments of a call, the compute capability, the path that takes it and the reasons of others.
 # A path to come adds its name here to what it takes, and its reason to what it does not.
+WIDE = "mma: x is not of 16 bits; general"
+NARROW = "wgmma: x is not of 16 bits"
+OTHER = "wgmma: needs compute capability 9.0"
+STATES = "wgmma: dstate is neither 64 nor 128"
 PATHS = {
-    "float32": (dict(), 90, "wgmma: x is not of 16 bits; general"),
+    "float32": (dict(), 90, f"{NARROW}; {WIDE}"),
     "bfloat16": (dict(dtype=BF16), 90, "wgmma"),
-    "bfloat16 on sm_80": (
-        dict(dtype=BF16), 80, "wgmma: needs compute capability 9.0; general"),
     "float16": (dict(dtype=F16), 90, "wgmma"),
     "groups": (dict(dtype=BF16, ngroups=8), 90, "wgmma"),
     "dstate 64": (dict(dtype=BF16, dstate=64), 90, "wgmma"),
     "headdim 256": (dict(dtype=BF16, headdim=256), 90, "wgmma"),
+    "bfloat16 on sm_80": (dict(dtype=BF16), 80, f"{OTHER}; mma"),
+    "bfloat16 on sm_75": (
+        dict(dtype=BF16), 75, f"{OTHER}; mma: the GPU is older than sm_80; general"
+    ),
+    "bfloat16 on sm_86": (dict(dtype=BF16), 86, f"{OTHER}; mma"),
+    "MIMO on sm_86": (
+        dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 86,
+        f"{OTHER}; mma: too little shared memory; general",
+    ),
+    "SISO on sm_86": (dict(dtype=BF16, dstate=64, has=("trap", "angles", "z")), 86, f"{OTHER}; mma"),
+    "wide heads": (
+        dict(dtype=BF16, headdim=80), 90, "wgmma: headdim is not a multiple of 64; mma"
+    ),
     "odd headdim": (
-        dict(dtype=BF16, headdim=7), 90, "wgmma: headdim is not a multiple of 64; general"),
+        dict(dtype=BF16, headdim=7), 90,
+        "wgmma: headdim is not a multiple of 64; mma: headdim is not a multiple of 16; general",
+    ),
     "odd dstate": (
-        dict(dtype=BF16, dstate=33), 90, "wgmma: dstate is neither 64 nor 128; general"),
-    "dstate 520": (
-        dict(dtype=BF16, dstate=520), 90, "wgmma: dstate is neither 64 nor 128; general"),
-    "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "wgmma: Mamba-3; general"),
+        dict(dtype=BF16, dstate=33), 90, f"{STATES}; mma: dstate is not a multiple of 16; general"
+    ),
+    "dstate 256": (
+        dict(dtype=BF16, dstate=256), 90, f"{STATES}; mma: dstate is above 128; general"
+    ),
+    "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "wgmma: Mamba-3; mma"),
     "MIMO": (
-        dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90,
-        "wgmma: Mamba-3; general"),
-    "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "wgmma: Mamba-3; general"),
+        dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90, "wgmma: Mamba-3; mma"
+    ),
+    "rank 3": (
+        dict(dtype=BF16, rank=3, has=("mimo_out",)), 90,
+        "wgmma: Mamba-3; mma: rank is not 1, 2, 4 or 8; general",
+    ),
+    "few angles": (
+        dict(dtype=BF16, dstate=16, has=("angles",)), 90,
+        "wgmma: Mamba-3; mma: nangles is not a multiple of 8; general",
+    ),
+    "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "wgmma: Mamba-3; mma"),
+    "norm of wide heads": (
+        dict(dtype=BF16, headdim=128, has=("norm_weight",)), 90,
+        "wgmma: Mamba-3; mma: norm over a headdim above 64; general",
+    ),
 }
 
 
@@ -82,6 +113,15 @@ def test_which_path_takes_a_call(case):
 @built
 def test_the_path_of_a_wrong_call_is_none():
     assert path_of(Call("ssd_chunk", **{**fields(), "A": on_cuda((9,))}), 90) is None
+
+
+@built
+def test_rows_that_are_not_packed_take_the_general_path():
+    call = fields(dtype=BF16)
+    room = Tensor(np.empty((2, 256, 8, 68), BF16)[..., :64])
+    room.c.data, room.c.device = call["x"].c.data, call["x"].c.device
+    path = path_of(Call("ssd_chunk", **{**call, "x": room}), 90)
+    assert path == "mma: rows that are not packed in 16 bytes; general"
 
 
 @built
@@ -112,7 +152,13 @@ VARIANTS = {
                                index_dtype=I32, dtype=BF16, captures=7),
     "SISO": Ssd(2, 70, 4, 64, 128, has=SISO, dtype=BF16),
     "SISO, pool": Ssd(1, 90, 4, 16, 64, has=SISO, nseq=5, pool=ENTRIES, captures=4),
+    "SISO, halves": Ssd(2, 150, 4, 48, 64, 2, has=SISO, dtype=F16, rotary="half", captures=9),
+    "SISO, segments": Ssd(1, 700, 2, 64, 128, has=SISO, dtype=BF16, head_angles=False, captures=5),
+    "SISO, wide heads": Ssd(1, 150, 2, 144, 64, has=SISO, nseq=4, dtype=BF16),
+    "packed segments": Ssd(1, 900, 2, 64, 128, nseq=5, pool=ENTRIES, dtype=BF16),
     "MIMO": Ssd(2, 40, 3, 64, 128, rank=4, has=MIMO, dtype=BF16),
+    "MIMO, rows": Ssd(2, 150, 2, 64, 64, rank=2, has=(*SISO, "mimo_x"), dtype=F16),
+    "MIMO, norm": Ssd(1, 90, 2, 32, 64, rank=8, has=("D", "z", *PARTS), dtype=BF16, captures=4),
     "MIMO, norm, tiles": Ssd(2, 37, 2, 300, 64, rank=3, has=("D", "z", *PARTS), seq_idx=True),
 }
 variants = pytest.mark.parametrize("p", VARIANTS.values(), ids=VARIANTS)
@@ -185,7 +231,9 @@ def test_replayed_graphs_give_the_bits_of_calls(torch, rng, path, p):
         torch.cuda.synchronize()
         same_results(room, run(torch, a, p))
         if p.nseq:
-            a["cu_seqlens"].copy_(torch.tensor([0, 0, 31, 32, 70, 90]))
+            bounds = torch.linspace(0, p.seqlen, p.nseq + 1).long() // 2
+            bounds[-1] = p.seqlen
+            a["cu_seqlens"].copy_(bounds)
         if p.pool:
             a["state_indices"].copy_(torch.tensor([4, -1, 0, 8, 2]))
         if p.captures:
@@ -209,6 +257,24 @@ def test_a_row_has_the_bits_that_it_has_alone(torch, rng, path, p):
         }
         alone = run(torch, part, one, batch_invariant=True)
         same_results(alone, {name: value[row : row + 1] for name, value in whole.items()})
+
+
+@pytest.mark.parametrize("has, rank", [((), None), (("trap", "angles"), 1), (MIMO, 4)])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("token", [1, 17, 63, 64, 100])
+def test_a_later_token_of_16_bits_never_reaches_earlier_outputs(torch, rng, token, poison, has, rank):
+    p = Ssd(1, 150, 2, 32, 64, 1, rank, has=(*has, "z", "D"), dtype=BF16)
+    a = arguments(torch, rng, p)
+    clean = run(torch, a, p)["out"]
+    for name in ("x", "dt", "B", "C", "z", "trap", "angles"):
+        if name in a:
+            dirty = a[name].clone()
+            dirty[:, token:] = poison
+            got = run(torch, {**a, name: dirty}, p)["out"]
+            # A trapezoid's token has its part in the weight of the one before, for later ones alone.
+            same(got[:, :token], clean[:, :token], name)
+            if poison != poison:
+                assert got[:, token:].isnan().any(), f"{name}: NaN was lost"
 
 
 @pytest.mark.parametrize("cut", [1, 16, 29, 64])
@@ -303,9 +369,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(torch, rng):
     assert out.isnan().all()
 
 
-def test_in_place_states_of_many_blocks_a_head(torch, rng, path):
+@pytest.mark.parametrize("p", [
+    Ssd(40, 33, 6, 256, 128, has=SISO),
+    Ssd(40, 33, 6, 256, 128, has=SISO, dtype=dict.fromkeys(("x", "B", "C", "z", "out"), BF16)),
+    Ssd(1, 2000, 3, 128, 64, has=SISO, dtype=dict.fromkeys(("x", "B", "C", "z", "out"), BF16)),
+])  # fmt: skip
+def test_in_place_states_of_many_blocks_a_head(torch, rng, path, p):
     """Angles and keys that all rows of a head read are replaced while others start."""
-    p = Ssd(40, 33, 6, 256, 128, has=SISO)
     a = arguments(torch, rng, p)
     want = run(torch, a, p)
     pools = {name: a[name.replace("final", "initial")].clone() for name in FINAL}

@@ -18,6 +18,8 @@ struct SsdPath {
 
 // Mamba-2 on 9.0, through warpgroup products and the copy engine.
 extern const SsdPath kSsdWgmma;
+// 16-bit inputs on tensor cores.
+extern const SsdPath kSsdMma;
 // Takes every call.
 extern const SsdPath kSsdGeneral;
 

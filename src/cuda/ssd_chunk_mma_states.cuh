@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+// The states of a slice of a head: from the caller's tensors or the workspace to registers, and
+// back.
+#pragma once
+
+#include "cuda/ssd_chunk_mma_products.cuh"
+
+namespace ssmk::cuda {
+
+// Who a thread is.
+struct MmaLane {
+  int thread, lane, pair, half;  // pair: of warps that have the same channels
+
+  // What follows from the thread's number is computed anew after this: kept over the whole walk it
+  // would take the registers that the products need.
+  __device__ __forceinline__ void forget() {
+    asm volatile("" : "+r"(thread), "+r"(lane), "+r"(pair), "+r"(half));
+  }
+  __device__ __forceinline__ int own() const { return pair * 16 + (lane >> 2); }
+};
+
+// And what it works for.
+struct MmaThread : MmaLane, MmaSlice {
+  __device__ __forceinline__ int p(int k) const {  // channel of sums k
+    return channel + own() + (k < 2 ? 0 : 8);
+  }
+  __device__ __forceinline__ bool has(int k) const { return own() + (k < 2 ? 0 : 8) < channels; }
+};
+
+template <int kN>
+__device__ __forceinline__ void clear(MmaState<kN> &h) {
+#pragma unroll
+  for (int n = 0; n < kN / 16; ++n)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) h.v[n][k] = 0.0f;
+}
+
+// The caller's tensors have any dtype and strides: registers and memory meet in shared memory, 16
+// states of a warp's 16 channels at a time.  `area`: kAreaFloats for each warp.
+template <int kN>
+__device__ __forceinline__ void read_state(MmaState<kN> &h, const View<4> &from, int64_t entry,
+                                           const MmaThread &t, int dstate, float *area) {
+  const int g = t.lane >> 2, q = t.lane & 3, first = t.half * (kN / 2);
+  area += t.thread / 32 * kAreaFloats;
+#pragma unroll
+  for (int n0 = 0; n0 < kN / 2; n0 += 16) {
+    const int column = t.lane & 15, n = first + n0 + column;
+#pragma unroll 1
+    for (int i = t.lane >> 4; i < 16; i += 2) {
+      const bool there = t.pair * 16 + i < t.channels && n < dstate;
+      area[i * kAreaStride + column] =
+          there ? load_at(from, entry, t.head, t.channel + t.pair * 16 + i, n) : 0.0f;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        h.v[n0 / 8 + j][k] = area[(g + (k >> 1) * 8) * kAreaStride + j * 8 + 2 * q + (k & 1)];
+    __syncwarp();
+  }
+}
+
+template <int kN>
+__device__ __forceinline__ void write_state(const MmaState<kN> &h, const View<4> &to, int64_t entry,
+                                            const MmaThread &t, int dstate, float *area) {
+  const int g = t.lane >> 2, q = t.lane & 3, first = t.half * (kN / 2);
+  area += t.thread / 32 * kAreaFloats;
+#pragma unroll
+  for (int n0 = 0; n0 < kN / 2; n0 += 16) {
+    const int column = t.lane & 15, n = first + n0 + column;
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        area[(g + (k >> 1) * 8) * kAreaStride + j * 8 + 2 * q + (k & 1)] = h.v[n0 / 8 + j][k];
+    __syncwarp();
+#pragma unroll 1
+    for (int i = t.lane >> 4; i < 16; i += 2)
+      if (t.pair * 16 + i < t.channels && n < dstate)
+        store_at(to, area[i * kAreaStride + column], entry, t.head,
+                 t.channel + t.pair * 16 + i, n);
+    __syncwarp();
+  }
+}
+
+// A slot's fragments in the workspace: coalesced.
+template <int kN>
+__device__ __forceinline__ float4 *kept_state(const SsdChunkProblem &p, const MmaPlan &plan,
+                                              int64_t index, const MmaThread &t) {
+  const int64_t at = (index * p.nheads + t.head) * plan.slices + t.slice;
+  return reinterpret_cast<float4 *>(plan.states) + at * (kN / 16 * kTeam) + t.thread;
+}
+template <int kN>
+__device__ __forceinline__ void read_kept(MmaState<kN> &h, const float4 *from) {
+#pragma unroll
+  for (int n = 0; n < kN / 16; ++n) {
+    const float4 v = from[n * kTeam];
+    h.v[n][0] = v.x, h.v[n][1] = v.y, h.v[n][2] = v.z, h.v[n][3] = v.w;
+  }
+}
+template <int kN>
+__device__ __forceinline__ void keep_state(const MmaState<kN> &h, float4 *to) {
+#pragma unroll
+  for (int n = 0; n < kN / 16; ++n)
+    to[n * kTeam] = {h.v[n][0], h.v[n][1], h.v[n][2], h.v[n][3]};
+}
+
+// What the first token owes to the one before it: h += share sum_r (psi v)(k^r)^T.  `area`: kN
+// floats.
+template <int kN>
+__device__ __forceinline__ void add_before(MmaState<kN> &h, const SsdChunkProblem &p, int64_t entry,
+                                           const MmaThread &t, float share, float *area) {
+#pragma unroll 1
+  for (int r = 0; r < p.mamba3.rank; ++r) {
+    __syncthreads();
+#pragma unroll 1
+    for (int n = t.thread; n < kN; n += kTeam)
+      area[n] = p.initial.k.given() && n < p.dstate ? load_at(p.initial.k, entry, r, t.head, n)
+                                                    : 0.0f;
+    __syncthreads();
+    float u[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      u[i] = 0.0f;
+      if (t.has(2 * i) && p.initial.v.given()) {
+        u[i] = load_at(p.initial.v, entry, t.head, t.p(2 * i)) * share;
+        if (p.mamba3.mimo_x.given()) u[i] *= load_at(p.mamba3.mimo_x, t.head, r, t.p(2 * i));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kN / 16; ++n) {
+      const float2 key = *reinterpret_cast<const float2 *>(area + t.half * (kN / 2) + n * 8 +
+                                                             2 * (t.lane & 3));
+      h.v[n][0] = fmaf(u[0], key.x, h.v[n][0]);
+      h.v[n][1] = fmaf(u[0], key.y, h.v[n][1]);
+      h.v[n][2] = fmaf(u[1], key.x, h.v[n][2]);
+      h.v[n][3] = fmaf(u[1], key.y, h.v[n][3]);
+    }
+  }
+  __syncthreads();
+}
+
+// ---- Angles: 31 bits of a turn, and whether they are not finite as the lowest bit of the word.
+// Sums of them are exact, so a sequence may be cut anywhere.
+
+__device__ __forceinline__ uint32_t add_turns(uint32_t a, uint32_t b) {
+  return ((a & ~1u) + (b & ~1u)) | ((a | b) & 1u);
+}
+
+// pi tanh(angle) dt; not finite is marked in `bad`.
+__device__ __forceinline__ uint32_t turn_of(float angle, float dt, uint32_t *bad) {
+  const float e = exp2_fast(angle * (2.0f * kLog2e));  // may be infinite
+  const float half_turns = fmaf(-2.0f, reciprocal(1.0f + e), 1.0f) * dt;
+  if (!(fabsf(half_turns) < 3.4e38f)) *bad = 1u;
+  // The whole turns are beyond the upper end.
+  return uint32_t(__float2ll_rn(half_turns * 0x1p30f)) << 1;
+}
+
+__device__ __forceinline__ uint32_t turns_of_angle(float theta) {
+  if (!(fabsf(theta) < 3.4e38f)) return 1u;
+  const double turns = double(theta) * 0.15915494309189534561;
+  return uint32_t(__double2ll_rn((turns - floor(turns)) * 2147483648.0)) << 1;
+}
+__device__ __forceinline__ float angle_of_turns(uint32_t turns) {
+  if (turns & 1u) return __int_as_float(0x7fffffff);
+  const float theta = float(double(turns) * (6.283185307179586477 / 4294967296.0));
+  return theta < 6.2831855f ? theta : 0.0f;
+}
+// Marks are not looked at.
+__device__ __forceinline__ void sine_cosine_of(uint32_t turns, float *sine, float *cosine) {
+  // [-1/2, 1/2) of a turn, to 2^-23.
+  const float above_one = __uint_as_float(turns >> 9 ^ 0x00400000u | 0x3f800000u);
+  const float angle = fmaf(above_one, 6.283185307f, -1.5f * 6.283185307f);
+  *sine = __sinf(angle);
+  *cosine = __cosf(angle);
+}
+
+// ---- What else a head carries, at the end: written by all threads.
+
+// Copies the states where no token changed them.
+__device__ __forceinline__ void pass_states(const SsdChunkProblem &p, const MmaSpan &s,
+                                           const MmaThread &t, const HeadStates &from,
+                                           const HeadStates &to, int64_t entry) {
+  const auto value = [&](const auto &v, auto... i) {
+    return s.has_initial && v.given() ? load_at(v, i...) : 0.0f;
+  };
+  if (to.h.given())
+#pragma unroll 1
+    for (int i = t.thread; i < t.channels * int(p.dstate); i += kTeam) {
+      const int c = t.channel + i / int(p.dstate), n = i % int(p.dstate);
+      store_at(to.h, value(from.h, s.slot, t.head, c, n), entry, t.head, c, n);
+    }
+  if (to.v.given())
+#pragma unroll 1
+    for (int c = t.thread; c < t.channels; c += kTeam)
+      store_at(to.v, value(from.v, s.slot, t.head, t.channel + c), entry, t.head, t.channel + c);
+  if (t.slice > 0) return;
+  if (to.angle.given())
+#pragma unroll 1
+    for (int i = t.thread; i < p.mamba3.nangles; i += kTeam)
+      store_at(to.angle, value(from.angle, s.slot, t.head, i), entry, t.head, i);
+  if (to.k.given())
+#pragma unroll 1
+    for (int r = 0; r < p.mamba3.rank; ++r)
+#pragma unroll 1
+      for (int i = t.thread; i < p.dstate; i += kTeam)
+        store_at(to.k, value(from.k, s.slot, r, t.head, i), entry, r, t.head, i);
+}
+
+// The angle, k and v states after token `token`, whose angles are `turns`.
+__device__ __forceinline__ void write_parts(const SsdChunkProblem &p, int64_t row, int64_t token,
+                                            const MmaThread &t, const HeadStates &to, int64_t entry,
+                                            const uint32_t *turns) {
+  const Mamba3 &m = p.mamba3;
+  if (to.v.given())
+#pragma unroll 1
+    for (int c = t.thread; c < t.channels; c += kTeam)
+      store_at(to.v, load_at(p.x, row, token, t.head, t.channel + c), entry, t.head, t.channel + c);
+  if (t.slice > 0) return;
+  if (to.angle.given())
+#pragma unroll 1
+    for (int i = t.thread; i < m.nangles; i += kTeam)
+      store_at(to.angle, angle_of_turns(turns[i]), entry, t.head, i);
+  if (!to.k.given()) return;
+#pragma unroll 1
+  for (int r = 0; r < m.rank; ++r)
+#pragma unroll 1
+    for (int i = t.thread; i < p.dstate; i += kTeam) {
+      const int half = int(p.dstate) / 2;
+      const int pair = m.rotary_half ? (i < half ? i : i - half) : i >> 1;
+      const bool second = m.rotary_half ? i >= half : i & 1;
+      const auto key = [&](int n) {
+        const float k = load_at(p.B, row, token, r, t.group, n);
+        return m.B_bias.given() ? k + load_at(m.B_bias, t.head, r, n) : k;
+      };
+      float k = key(i);
+      if (pair < m.nangles) {
+        const int other = m.rotary_half ? (second ? i - half : i + half) : i ^ 1;
+        float sine, cosine;
+        if (turns[pair] & 1u) {
+          sine = cosine = __int_as_float(0x7fffffff);
+        } else {
+          sincospif(float(int32_t(turns[pair])) * 0x1p-31f, &sine, &cosine);
+        }
+        k = fmaf(k, cosine, (second ? sine : -sine) * key(other));
+      }
+      store_at(to.k, k, entry, r, t.head, i);
+    }
+}
+
+}  // namespace ssmk::cuda
