@@ -225,7 +225,8 @@ def test_prefill_panels_are_layers_in_several_sizes_and_one_for_the_rest():
     assert list(panels) == [BF16, "other layers"]
     assert [label for label, _ in panels[BF16]] == ["1 x 512", "8 x 4096"]
     assert [label for label, _ in panels["other layers"]] == [
-        f"{BF16}, packed,\n16 x 1024 on average", "Mamba-3 rank 4, 32 heads,\n8 x 2048"]
+        "Mamba-2,\n80 heads,\nbf16,\npacked,\n16 x 1024 on average",
+        "Mamba-3 rank 4,\n32 heads,\n8 x 2048"]
 
 
 @needs_matplotlib

@@ -233,16 +233,22 @@ def compile_mimo(peers, work, dstate, headdim, rank, target="90a"):
         raise Missing(f"did not compile: {next((x for x in lines if 'error' in x), lines[-1])}")
 
 
-@remembered
-def mimo_library(peers, dstate, headdim, rank):
-    """(call, the names of the sizes behind its tensors)."""
+def mimo_work(peers, dstate, headdim, rank):
+    """The folder with the compiled kernel."""
     work = folder(peers, "mamba_ssm-") / "built" / f"mimo_{dstate}_{headdim}_{rank}"
     if not (work / "module.so").exists():
         work.mkdir(parents=True, exist_ok=True)
         try:
             compile_mimo(peers, work, dstate, headdim, rank)
         except ImportError as e:
-            raise Missing(f"is not compiled ahead, and needs {e.name}") from e
+            raise Missing(f"TileLang's kernel is not compiled, which needs {e.name}") from e
+    return work
+
+
+@remembered
+def mimo_library(peers, dstate, headdim, rank):
+    """(its library, the names of the sizes behind its tensors)."""
+    work = mimo_work(peers, dstate, headdim, rank)
     ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(work / "module.so"))
     library.get_last_error.restype = ctypes.c_char_p
@@ -287,7 +293,11 @@ def mamba_ssm_mimo(peers, dstate, headdim, rank):
     return mamba_ssm_module(peers, "ops.tilelang.mamba3.mamba3_mimo").mamba3_mimo
 
 
-if __name__ == "__main__":  # cuda_peers.py DIR: compiles what tools/gpu --pack can compile before
-    for state in ("bfloat16", "float32"):
-        flashinfer_module(
-            Path(sys.argv[1]), state, "bfloat16", "float32", "float32", "int32", 64, 128, 1)
+if __name__ == "__main__":  # cuda_peers.py DIR WHAT: what tools/gpu --pack can compile before
+    folder_of_peers, what = Path(sys.argv[1]), sys.argv[2]
+    if what == "flashinfer":
+        for state in ("bfloat16", "float32"):
+            flashinfer_module(
+                folder_of_peers, state, "bfloat16", "float32", "float32", "int32", 64, 128, 1)
+    else:
+        mimo_work(folder_of_peers, 128, 64, 4)

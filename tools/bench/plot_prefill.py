@@ -12,6 +12,7 @@ from . import report
 BEGIN, END = "<!-- ssmk bench prefill: begin -->", "<!-- ssmk bench prefill: end -->"
 SHOWN = ("out", "states")  # whose errors stand in the table
 WIDTH = 0.8  # of the bars of one case
+TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 def is_prefill(entry):
@@ -134,7 +135,8 @@ def panels_of(rows):
             named.sort(key=lambda pair: (pair[0][0] * pair[0][1], pair[0]))
             panels[layer] = [(f"{b} x {n}", row) for (b, n), row in named]
         else:
-            left.append((f"{layer},\n{size_of(*named[0][0], layer)}", group[0]))
+            label = f"{layer}, {size_of(*named[0][0], layer)}".replace(", ", ",\n")
+            left.append((label, group[0]))
     if left:
         panels["other layers"] = left
     return panels
@@ -157,7 +159,7 @@ def plot(run, path):
     # Letters stay letters, and nothing in the file depends on when it was made.
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssmk", "font.size": 8}):
         figure, grid = pyplot.subplots(
-            len(panels), 1, figsize=(9, 0.8 + 1.9 * len(panels)), squeeze=False,
+            len(panels), 1, figsize=(9, 0.8 + 1.9 * len(panels)), squeeze=False, sharey=True,
             layout="constrained")
         drawn = {}
         for axes, (title, cases) in zip(grid[:, 0], panels.items()):
@@ -172,12 +174,17 @@ def plot(run, path):
                     color=f"C{c}")
                 axes.bar_label(bars, [f"{y:.3g}" for _, y in known], fontsize=7)
             axes.set_yscale("log")
-            axes.set_ylim(bottom=1)
-            axes.margins(y=0.2)
+            axes.set_xlim(-0.5, max(len(cases), 4) - 0.5)
             axes.set_xticks(range(len(cases)), [label for label, _ in cases])
             axes.set_title(title, loc="left", fontsize=8)
             axes.set_ylabel("time over limit")
             axes.spines[["top", "right"]].set_visible(False)
+        top = max((y for cases in panels.values() for _, row in cases for name in contenders
+                   if (y := over_limit(row, name))), default=1)
+        ticks = [t for t in TICKS if t <= 2 * top]
+        grid[0, 0].set_ylim(1, 2 * top)
+        grid[0, 0].set_yticks(ticks, [str(t) for t in ticks])
+        grid[0, 0].minorticks_off()
         machine = run["machine"]
         figure.suptitle(
             f"Prefill, batch x tokens: ssmk {machine['ssmk']}, {machine['device']} (1: the slower "
