@@ -46,8 +46,9 @@ def mamba3(normal, rank, batch=2, seqlen=37, nheads=4, headdim=3, dstate=8):
 def both(a, chunk, **more):
     """Compares the two references; returns the names of the final states."""
     out, final = cuda_reference.ssd_chunk(torch, **a, chunk=chunk, **more)
-    plain = {name: v.numpy() if isinstance(v, torch.Tensor) else v for name, v in {**a, **more}.items()}
-    want, states, _ = reference.ssd_chunk(**plain)
+    arrays = {name: v.numpy() if isinstance(v, torch.Tensor) else v
+              for name, v in {**a, **more}.items()}
+    want, states, _ = reference.ssd_chunk(**arrays)
     np.testing.assert_allclose(out, want, rtol=1e-9, atol=1e-9)
     for name, value in final.items():
         np.testing.assert_allclose(value, getattr(states, STATES[name]), rtol=1e-9, atol=1e-9)

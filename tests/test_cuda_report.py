@@ -190,7 +190,8 @@ def test_prefill_tables_have_both_limits_and_the_errors(prefill_file, capsys):
 
 def test_a_peer_is_compared_with_the_limit_where_ssmk_has_no_time():
     refused = prefill(f"{BF16}, batch 1, seqlen 2048", 10.0, 8.0, None, **{"mamba-ssm": 400.0})
-    assert list(plot_prefill.times([refused]))[-1].endswith("| - | memory | 400.0 (40.0 x the limit) |")
+    line = list(plot_prefill.times([refused]))[-1]
+    assert line.endswith("| - | memory | 400.0 (40.0 x the limit) |")
     assert plot_prefill.over_limit(refused, "ssmk") is None
     assert plot_prefill.over_limit(refused, "mamba-ssm") == 40.0
 

@@ -4,9 +4,9 @@
 Each contender's calls stand in a CUDA graph, on one of several sets of buffers after the other that
 together are larger than L2; graphs are replayed in turns, timed by events, and medians compared.
 The limit of a case is the time of an in-place read-modify-write of as many bytes as it must read
-and write, or, where it mostly writes elsewhere, of a copy: measured in the same turns.  Where a case
-says how many floating-point operations it takes, and those need longer at the rate of a large bf16
-product, that time is the limit.
+and write, or, where it mostly writes elsewhere, of a copy: measured in the same turns.  Where the
+floating-point operations that a case names need longer at the rate of a large bf16 product, that
+time is the limit.
 
 What is measured is in `cuda_cases`.  A module there has `cases(context)`, which yields Cases.
 """

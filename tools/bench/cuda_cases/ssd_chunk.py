@@ -119,11 +119,14 @@ def mamba3_inputs(context, layer, rows, seqlen):
         .to(f32 if layer.rank > 1 else dtype),
         rotary="interleaved" if layer.rank == 1 else "half",
     )
-    for name in ("B_bias", "C_bias"):
-        given[name] = 1 + context.normal(layer.heads, layer.rank, layer.dstate, dtype=f32) / 10
+
+    def weight(mean, size):
+        return mean + context.normal(layer.heads, layer.rank, size, dtype=f32) / 10
+
+    given.update(B_bias=weight(1, layer.dstate), C_bias=weight(1, layer.dstate))
     if layer.rank > 1:
         for name, mean in (("mimo_x", 1 / layer.rank), ("mimo_z", 1), ("mimo_out", 1 / layer.rank)):
-            given[name] = mean + context.normal(layer.heads, layer.rank, layer.headdim, dtype=f32) / 10
+            given[name] = weight(mean, layer.headdim)
     return given
 
 
@@ -219,10 +222,10 @@ def case(context, name, layer, batch, seqlen):
 # Peers: (name, run), or (name, why it is not here)
 
 
-def without_gradients(torch, call):
+def without_gradients(torch, call, *more):
     def run(i):
         with torch.no_grad():
-            return call(i)
+            return call(i, *more)
 
     return run
 
@@ -246,10 +249,7 @@ def mamba2_peers(context, layer, buffers):
         wanted = packing[i] if packing else dict(return_final_states=True)
         return scan(chunk_size=chunk, **given, **wanted)
 
-    return [
-        (f"mamba-ssm chunk {chunk}", without_gradients(torch, lambda i, chunk=chunk: call(i, chunk)))
-        for chunk in chunks
-    ]
+    return [(f"mamba-ssm chunk {chunk}", without_gradients(torch, call, chunk)) for chunk in chunks]
 
 
 def mamba3_peers(context, layer, buffers):
