@@ -151,3 +151,42 @@ def test_names_of_cases_are_all_different():
     assert len(set(names)) == len(names)
     context = types.SimpleNamespace()
     assert not list(cases.cases(context, types.SimpleNamespace(search=lambda name: None)))
+
+
+def test_what_is_refused_or_wrong_stays_in_the_row(monkeypatch):
+    """Without a GPU: graphs are names, and every replay takes 2 us."""
+    monkeypatch.setattr(cuda, "graph_of", lambda context, c, sets, least: (c.name, least))
+    monkeypatch.setattr(cuda, "timed", lambda context, graphs: dict.fromkeys(graphs, 2.0))
+    context = Context()
+    context.ceilings = types.SimpleNamespace(
+        contender=lambda kind, nbytes, sets: cuda.Contender(kind, None))
+
+    def error(most):
+        return lambda: {"out": {"max": most, "rms": most}}
+
+    def refusing():
+        raise NotImplementedError("not on this backend")
+
+    peers = [cuda.Contender("good 1", None, error(0.01), 0.1),
+             cuda.Contender("bad 2", None, error(float("nan")), 0.1), ("absent", "no reason")]
+    case = cuda.Case("ssd_chunk x, batch 1, seqlen 2", 10, 2,
+                     cuda.Contender("ssmk", None, error(0.001), 0.01), peers, "copy", 3.2e9, 4)
+    results, errors = cuda.measure(context, case)
+    row = cuda.row_of(context, case, results, errors)
+    assert row["limit"] == "tensor" and row["limit_us"] == 4.0 and row["memory_us"] == 2.0
+    assert row["ssmk_us"] == 2.0 and row["ssmk_over_limit"] == 0.5
+    assert row["peers"]["good 1"] == 2.0 and row["peers"]["absent"] == "no reason"
+    assert "error is nan" in row["peers"]["bad 2"]
+    assert set(row["errors"]) == {"ssmk", "good 1", "bad 2"}
+
+    case.ssmk.check = refusing
+    row = cuda.row_of(context, case, *cuda.measure(context, case))
+    assert row["ssmk_us"] is None and row["ssmk_refused"] == "not on this backend"
+    assert row["peers"]["good 1"] == 2.0
+    cuda.show([row])
+    case.peers = []
+    with pytest.raises(NotImplementedError):
+        cuda.measure(context, case)
+    case.ssmk.check = error(1.0)
+    with pytest.raises(cuda.Wrong):
+        cuda.measure(context, case)
