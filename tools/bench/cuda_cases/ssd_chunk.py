@@ -60,10 +60,14 @@ POINTS = (
 )
 
 
+def name_of(layer, batch, seqlen):
+    return f"ssd_chunk {layer.name}, batch {batch}, seqlen {seqlen}"
+
+
 def cases(context, only):
     for layer, sizes in POINTS:
         for batch, seqlen in sizes:
-            name = f"ssd_chunk {layer.name}, batch {batch}, seqlen {seqlen}"
+            name = name_of(layer, batch, seqlen)
             if only.search(name):
                 yield case(context, name, layer, batch, seqlen)
 
