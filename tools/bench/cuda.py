@@ -115,18 +115,15 @@ class Context:
     def rates(self):
         """Of the machine, measured once: TB/s of copies by MB, TFLOP/s of a bf16 product."""
         if self.known_rates is None:
-            cases = {}
+            a, b = (self.normal(PRODUCT, PRODUCT, dtype=self.torch.bfloat16) for _ in range(2))
+            into = self.torch.empty_like(a)
+            # A graph keeps no buffers alive.
+            runs = {"product": (Contender("product", lambda i: self.torch.mm(a, b, out=into)), 1, 5)}
             for size in COPIES:
                 sets = self.sets_for(size * 10**6)
                 copy = self.ceilings.contender("copy", size * 10**6, sets)
-                cases[size] = graph_of(self, copy, sets, NODES[0])
-            a, b = (
-                self.normal(PRODUCT, PRODUCT, dtype=self.torch.bfloat16) for _ in range(2)
-            )
-            into = self.torch.empty_like(a)
-            product = Contender("product", lambda i: self.torch.mm(a, b, out=into))
-            cases["product"] = graph_of(self, product, 1, 5)
-            times = timed(self, cases)
+                runs[size] = copy, sets, NODES[0]
+            times = timed(self, {name: graph_of(self, *run) for name, run in runs.items()})
             self.known_rates = {
                 "copy_TB/s": {f"{size} MB": round(size / times[size], 3) for size in COPIES},
                 "bf16_product_TFLOP/s": round(2e-6 * PRODUCT**3 / times["product"], 1),
