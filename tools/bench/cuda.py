@@ -118,7 +118,8 @@ class Context:
             a, b = (self.normal(PRODUCT, PRODUCT, dtype=self.torch.bfloat16) for _ in range(2))
             into = self.torch.empty_like(a)
             # A graph keeps no buffers alive.
-            runs = {"product": (Contender("product", lambda i: self.torch.mm(a, b, out=into)), 1, 5)}
+            product = Contender("product", lambda i: self.torch.mm(a, b, out=into))
+            runs = {"product": (product, 1, 5)}
             for size in COPIES:
                 sets = self.sets_for(size * 10**6)
                 copy = self.ceilings.contender("copy", size * 10**6, sets)
