@@ -78,6 +78,8 @@ def main(arguments=None):
         (layer, *size) for layer, sizes in ssd_chunk.POINTS for size in sizes
         if options.only.search(ssd_chunk.name_of(layer, *size))
     ]
+    if not points:
+        return
     first = list({point[0]: point for point in reversed(points)}.values())[::-1]
     start = time.monotonic()
 
