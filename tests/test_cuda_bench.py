@@ -2,6 +2,7 @@
 """What the CUDA benchmark compares prefill with, and the cases themselves, without a GPU: the
 chunked float64 reference against the tests' one, and each kind of case on the CPU."""
 
+import os
 import types
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import reference
-from ssmk.bench import cuda, cuda_reference
+from ssmk.bench import cuda, cuda_reference, cuda_warm
 from ssmk.bench.cuda_cases import ssd_chunk as cases
 
 F64 = torch.float64
@@ -144,6 +145,18 @@ def test_the_work_of_a_case():
     values = 3 * 50 * 4 * 64
     assert case.bytes == (2 * values + 2 * 3 * 50 * 128 + 3 * 50 * 4) * 2 + (
         3 * 4 * 64 * 128 + 3 * 4) * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_all_processes_do_their_share_whatever_becomes_of_one(tmp_path, capfd):
+    def work(i):
+        if i == 1:
+            raise ValueError("not this one")
+        (tmp_path / str(i)).touch()
+
+    cuda_warm.forked(4, work)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "2", "3"]
+    assert capfd.readouterr().err.count("ValueError: not this one") == 1
 
 
 def test_names_of_cases_are_all_different():
