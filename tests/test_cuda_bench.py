@@ -130,7 +130,7 @@ def test_a_case_checks_the_call_that_it_times(layer):
     assert all(0 < found["rms"] <= found["max"] * 10 or what == "v_states"
                for what, found in errors.items())
     row = cuda.row_of(context, case, {"ssmk": 2.0, "copy": 1.0, "mamba-ssm": "no"},
-                      {"ssmk": errors})
+                      {"ssmk": errors}, {})
     assert row["tensor_us"] == pytest.approx(case.flops / 8e8)
     assert row["limit_us"] == max(row["tensor_us"], 1.0) and row["errors"] == {"ssmk": errors}
 
@@ -182,15 +182,18 @@ def test_what_is_refused_or_wrong_stays_in_the_row(monkeypatch):
 
     peers = [cuda.Contender("good 1", None, error(0.01), 0.1),
              cuda.Contender("bad 2", None, error(float("nan")), 0.1), ("absent", "no reason")]
+    monkeypatch.setattr(cuda, "timed_launches", lambda context, contenders, sets, count: {
+        c.name: 5.0 for c in contenders})
     case = cuda.Case("ssd_chunk x, batch 1, seqlen 2", 10, 2,
-                     cuda.Contender("ssmk", None, error(0.001), 0.01), peers, "copy", 3.2e9, 4)
-    results, errors = cuda.measure(context, case)
-    row = cuda.row_of(context, case, results, errors)
+                     cuda.Contender("ssmk", None, error(0.001), 0.01), peers, "copy", 3.2e9, 4,
+                     launched=True)
+    row = cuda.row_of(context, case, *cuda.measure(context, case))
     assert row["limit"] == "tensor" and row["limit_us"] == 4.0 and row["memory_us"] == 2.0
     assert row["ssmk_us"] == 2.0 and row["ssmk_over_limit"] == 0.5
     assert row["peers"]["good 1"] == 2.0 and row["peers"]["absent"] == "no reason"
     assert "error is nan" in row["peers"]["bad 2"]
     assert set(row["errors"]) == {"ssmk", "good 1", "bad 2"}
+    assert row["launched_us"] == {"ssmk": 5.0, "good 1": 5.0}
 
     case.ssmk.check = refusing
     row = cuda.row_of(context, case, *cuda.measure(context, case))

@@ -123,12 +123,12 @@ def test_a_run_without_curves_has_no_plot(tmp_path, capsys):
 # Prefill
 
 
-def prefill(case, memory, tensor, mine, errors=None, **peers):
+def prefill(case, memory, tensor, mine, errors=None, launched=None, **peers):
     limit = max(memory, tensor)
     found = row(f"ssd_chunk {case}", limit, mine or 1.0, **peers)
     found.update(memory_us=memory, tensor_us=tensor, flops=1.0, ssmk_us=mine,
                  limit="tensor" if tensor > memory else "copy", errors=errors or {},
-                 ssmk_over_limit=mine and mine / limit)
+                 ssmk_over_limit=mine and mine / limit, launched_us=launched or {})
     return found if mine else {**found, "ssmk_refused": "not yet"}
 
 
@@ -144,6 +144,7 @@ PREFILL = {
         prefill(f"{BF16}, batch 8, seqlen 4096", 160.0, 120.0, 240.0,
                 {"ssmk": off(1e-3), "mamba-ssm chunk 256": off(3e-3),
                  "mamba-ssm chunk 128": off(2e-3)},
+                {"ssmk": 250.0, "mamba-ssm chunk 256": 1550.0, "mamba-ssm chunk 128": 1250.0},
                 **{"mamba-ssm chunk 256": 1500.0, "mamba-ssm chunk 128": 1200.0}),
         prefill(f"{BF16}, batch 1, seqlen 512", 3.0, 2.0, 12.0,
                 {"ssmk": off(1e-3), "mamba-ssm chunk 256": off(4e-3)},
@@ -182,6 +183,8 @@ def test_prefill_tables_have_both_limits_and_the_errors(prefill_file, capsys):
     one, two = "1.0e-03 / 2.5e-04", "2.0e-03 / 5.0e-04"  # of the choice that is the fastest
     assert f"| {BF16}, 8 x 4096 | {one} | {two} | {one} | {two} |" in lines
     assert f"| Mamba-3 rank 4, 32 heads, 8 x 2048 | {one} | - | {one} | - |" in lines
+    at = lines.index("| case | ssmk, us | mamba-ssm |")
+    assert lines[at + 2 : at + 4] == [f"| {BF16}, 8 x 4096 | 250.0 | 1250.0 (5.00x) |", ""]
     assert f"- ssmk: not yet ({packed})." in lines
     assert f"- mamba-ssm: not packed ({packed})." in lines
     assert f"- mamba-ssm chunk 128: broke ({BF16}, 1 x 512)." in lines

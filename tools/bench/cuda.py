@@ -29,6 +29,7 @@ CACHES = 3  # buffers are this many times L2
 NODES = (20, 400)  # of a graph: at least, at most
 MODULES = ("causal_conv1d", "ssd_chunk", "state_update")
 PRODUCT = 8192  # rows and columns of the bf16 product that the tensor cores' rate is taken from
+LAUNCHES = 5  # turns without a graph
 COPIES = (300, 1000)  # MB of the copies that are measured with it
 
 
@@ -53,6 +54,7 @@ class Case:
     limit: str = "update"  # or "copy"
     flops: float = 0.0  # that the tensor cores must do, in units of bf16's
     nodes: int = NODES[0]  # that a graph has at least
+    launched: bool = False  # measured without a graph, too: a call after the other from Python
 
 
 class Ceilings:
@@ -177,6 +179,24 @@ def timed(context, graphs):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def timed_launches(context, contenders, sets, count):
+    """{name: microseconds a call} of calls from Python: what is slower, these or the GPU."""
+    torch = context.torch
+    times = {c.name: [] for c in contenders}
+    for turn in range(LAUNCHES + 1):
+        for c in contenders:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for node in range(count):
+                c.run(node % sets)
+            end.record()
+            end.synchronize()
+            if turn:
+                times[c.name].append(start.elapsed_time(end) * 1000 / count)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def largest(error):
     if not isinstance(error, dict):
         return error
@@ -185,7 +205,8 @@ def largest(error):
 
 
 def measure(context, case):
-    """({contender: microseconds a call}, {contender: error}); what fails has its error as time."""
+    """({contender: microseconds a call}, {contender: error}, {contender: microseconds without a
+    graph}); what fails has its error as time."""
     limits = [context.ceilings.contender(case.limit, case.bytes, case.sets)]
     contenders, results, errors, graphs = [case.ssmk, *limits], {}, {}, {}
     for peer in case.peers:
@@ -206,13 +227,17 @@ def measure(context, case):
                 raise
             results[c.name] = " ".join(str(e).split())[:120] or type(e).__name__
     results.update(timed(context, graphs))
-    return results, errors
+    launched = {}
+    if case.launched:
+        measured = [c for c in contenders if c.name in graphs and c not in limits]
+        launched = timed_launches(context, measured, case.sets, max(case.nodes, case.sets))
+    return results, errors, launched
 
 
 # Reporting
 
 
-def row_of(context, case, results, errors):
+def row_of(context, case, results, errors, launched):
     """ssmk_us is None where the library refuses the case, and ssmk_refused says why."""
     mine, memory = results[case.ssmk.name], results[case.limit]
     names = [peer[0] if isinstance(peer, tuple) else peer.name for peer in case.peers]
@@ -229,6 +254,8 @@ def row_of(context, case, results, errors):
         row["ssmk_refused"] = mine
     if any(isinstance(error, dict) for error in errors.values()):
         row["errors"] = errors
+    if launched:
+        row["launched_us"] = launched
     return row
 
 

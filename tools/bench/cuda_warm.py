@@ -5,7 +5,7 @@ machine has processors, and tunes them, before ssmk.bench.cuda measures.
 A process of its own would compile what an autotuner tries one after the other, for some minutes.
 Here all of it is compiled first, by processes that share it out; then one process tunes, alone on
 the GPU; then every size is called once, for the kernels that its strides and counts ask for.  All
-of it stays in Triton's cache (TRITON_CACHE_DIR; with TRITON_CACHE_AUTOTUNING=1 what was chosen too).
+of it stays in Triton's cache, TRITON_CACHE_DIR, and with TRITON_CACHE_AUTOTUNING=1 what was chosen.
 """
 
 import argparse

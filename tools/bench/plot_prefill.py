@@ -73,6 +73,24 @@ def times(rows):
         yield report.line_of(cells)
 
 
+def launched(rows):
+    """What calls take without a graph, for the cases where that was measured."""
+    rows = [row for row in rows if row.get("launched_us")]
+    if not rows:
+        return
+    peers = list(dict.fromkeys(peer for row in rows for peer in best_of(row["peers"])))
+    yield report.line_of(["case", "ssmk, us", *peers])
+    yield report.line_of(["---"] * (2 + len(peers)))
+    for row in rows:
+        mine = row["launched_us"].get("ssmk")
+        cells = [text_of(row), f"{mine:.1f}" if mine else "-"]
+        for peer in peers:
+            times = [time for name, time in row["launched_us"].items() if name.split()[0] == peer]
+            by = f" ({min(times) / mine:.2f}x)" if times and mine else ""
+            cells.append(f"{min(times):.1f}{by}" if times else "-")
+        yield report.line_of(cells)
+
+
 def pair(error, what):
     found = error.get(what) if isinstance(error, dict) else None
     return f"{found['max']:.1e} / {found['rms']:.1e}" if found else "-"
@@ -116,6 +134,10 @@ def markdown(run):
     if errors:
         lines += ["Largest error over largest value / root mean square of the error over that of "
                   "the values, against float64:", "", *errors, ""]
+    without = list(launched(rows))
+    if without:
+        lines += ["Without a graph, calls launched one after the other from Python:", "", *without,
+                  ""]
     lines += [f"- {reason}" for reason in dict.fromkeys(reasons(rows))]
     lines += [f"- {case['case']}: skipped: {case['why']}" for case in run["skipped"]]
     return "\n".join(lines).rstrip() + "\n"

@@ -18,6 +18,7 @@ from ..cuda_reference import errors, ssd_chunk
 
 CHUNK = 64
 TOLERANCE, PEER_TOLERANCE = 2e-2, 1e-1
+ORDER = "out", "states", "angle_states", "k_states", "v_states"  # of what ssmk.ssd_chunk returns
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -182,14 +183,13 @@ def case(context, name, layer, batch, seqlen):
             want.update(out=out, **final)
         return want
 
-    def checked(call):
-        """Errors of what call() returns: (out, final state), or with angles, k and v too."""
+    def checked(call, names):
+        """Errors of what call() returns, in this order."""
         def check():
             reference = expected()
-            got = dict(zip(("out", "states", "angle_states", "k_states", "v_states"), call()))
             found = {}
-            for what, value in got.items():
-                value = value.view(reference[what].shape)
+            for what, value in zip(names, call()):
+                value = value.reshape(reference[what].shape)
                 if what == "angle_states":  # 0 is 2 pi
                     value, around = value.double() - reference[what], 2 * torch.pi
                     value = torch.remainder(value + torch.pi, around) - torch.pi + reference[what]
@@ -207,20 +207,21 @@ def case(context, name, layer, batch, seqlen):
             v.fill_(torch.nan)
         run(0)
         room = buffers[0][1]
-        names = ("out", "final_states", "final_angle_states", "final_k_states", "final_v_states")
+        names = ("out", *(f"final_{what}" for what in ORDER[1:]))
         return [room[name] for name in names if name in room]
 
+    theirs = ("out", "angle_states", "states", *ORDER[3:]) if layer.rank else ORDER
     peers = mamba3_peers if layer.rank else mamba2_peers
     found = [
         peer if isinstance(peer[1], str)
-        else Contender(*peer, checked(lambda call=peer[1]: call(0)), PEER_TOLERANCE)
+        else Contender(*peer, checked(lambda call=peer[1]: call(0), theirs), PEER_TOLERANCE)
         for peer in peers(context, layer, buffers)
     ]
     work = flops(layer, rows * tokens) * (6 if layer.dtype == "float32" else 1)
     # Long calls need no long graphs.
     nodes = max(4, min(20, (1 << 29) // moved))
-    return Case(name, moved, sets, Contender("ssmk", run, checked(once), TOLERANCE), found,
-                "copy", work, nodes)
+    mine = Contender("ssmk", run, checked(once, ORDER), TOLERANCE)
+    return Case(name, moved, sets, mine, found, "copy", work, nodes, launched=True)
 
 
 # Peers: (name, run), or (name, why it is not here)
@@ -236,7 +237,7 @@ def without_gradients(torch, call, *more):
 
 def mamba2_peers(context, layer, buffers):
     torch = context.torch
-    chunks = 256, 128  # what layers have as their default; often faster
+    chunks = 256, 128  # 256 is the default of its layers
     try:
         scan = mamba_ssm_module(context.peers, "ops.triton.ssd_combined").mamba_chunk_scan_combined
     except Missing as e:
