@@ -81,6 +81,7 @@ def main(arguments=None):
     if not points:
         return
     first = list({point[0]: point for point in reversed(points)}.values())[::-1]
+    rest = [point for point in points if point not in first]
     start = time.monotonic()
 
     def call_peers(layer, batch, seqlen):
@@ -108,11 +109,11 @@ def main(arguments=None):
             call_peers(*point)
 
     def calls(i):
-        for point in points[i :: options.processes]:
+        for point in rest[i :: options.processes]:
             call_peers(*point)
 
     for what, count, work in (("compiled", options.processes, compiles), ("tuned", 1, tunes),
-                              ("all sizes called", options.processes, calls)):
+                              ("all sizes called", min(len(rest), options.processes), calls)):
         forked(count, work)
         print(f"{what} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
