@@ -121,7 +121,10 @@ def test_rows_that_are_not_packed_take_the_general_path():
     room = Tensor(np.empty((2, 256, 8, 68), BF16)[..., :64])
     room.c.data, room.c.device = call["x"].c.data, call["x"].c.device
     path = path_of(Call("ssd_chunk", **{**call, "x": room}), 90)
-    assert path == "mma: rows that are not packed in 16 bytes; general"
+    assert path == (
+        "wgmma: strides or addresses are not multiples of 16 bytes; "
+        "mma: rows that are not packed in 16 bytes; general"
+    )
 
 
 @built
@@ -164,7 +167,7 @@ VARIANTS = {
 variants = pytest.mark.parametrize("p", VARIANTS.values(), ids=VARIANTS)
 
 
-@pytest.fixture(params=["general", ""], ids=["general", "any path"])
+@pytest.fixture(params=["general", "mma", ""], ids=["general", "mma", "any path"])
 def path(request, monkeypatch):
     monkeypatch.setenv("SSMK_SSD_PATH", request.param)
     return request.param
@@ -196,7 +199,12 @@ def rooms(torch, a, p):
 
 def run(torch, a, p, **more):
     room = rooms(torch, a, p)
-    ssmk.ssd_chunk(**{**a, **room, **more})
+    try:
+        ssmk.ssd_chunk(**{**a, **room, **more})
+    except NotImplementedError as e:
+        if "does not take this call" in str(e):
+            pytest.skip(str(e))
+        raise
     return {**room, **{k: v for k, v in more.items() if k in room}}
 
 
@@ -341,8 +349,10 @@ def test_strided_tensors_give_the_bits_of_packed_ones(torch, rng, monkeypatch, p
 
 
 @variants
-def test_paths_agree(torch, rng, monkeypatch, p):
+@pytest.mark.parametrize("tensor_cores", ["mma", ""], ids=["mma", "best"])
+def test_paths_agree(torch, rng, monkeypatch, p, tensor_cores):
     a = arguments(torch, rng, p)
+    monkeypatch.setenv("SSMK_SSD_PATH", tensor_cores)
     got = run(torch, a, p)
     monkeypatch.setenv("SSMK_SSD_PATH", "general")
     for name, want in run(torch, a, p).items():
