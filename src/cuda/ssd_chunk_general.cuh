@@ -2,7 +2,7 @@
 // Prefill of Mamba-2 and 3 on any layout, dtype and size, token by token in float32; the formulas
 // stand in ssmk.h.
 //
-// A block owns some rows p of one head of one sequence, with their states in registers, and takes
+// A block owns some rows p of one head of one sequence, with their states, and takes
 // its tokens in short spans.  What a span's rows share comes to shared memory first: keys and
 // queries of all ranks (biased and rotated once), u = psi x, decays.  With w = (1 - lambda) dt' and
 // gamma = lambda dt', of the token after as well, and g the states with what the next token owes
@@ -15,170 +15,167 @@
 // The next span begins by adding what its first token owes to the last.  A span ends where it is
 // full, where its sequence ends, and after a token whose state is captured.
 //
-// Slow decays are multiplied as h + (d - 1) h, where d - 1 has all its digits: a long sequence is as
-// exact as a short one.
+// Slow decays are multiplied as h + (d - 1) h, where d - 1 has all its digits: a long sequence is
+// as exact as a short one.
 //
-// Rows and states that do not fit into the block's registers are tiles, kept in the workspace
-// between their turns.
+// States are in registers for the walk over a span only, which leaves these free for what comes
+// before and after.  Where a head has more rows or states than the block has threads for they are
+// tiles, kept in the workspace between their turns, not in shared memory.
 #pragma once
 
 #include "cuda/ssd_chunk_general_span.cuh"
 
 namespace ssmk::cuda {
 
-template <int kRows, int kChunks, bool kSiso>
-struct GeneralBlock {
-  static constexpr int kGroup = 16 / kRows;  // steps whose sums over lanes are added up together
+// Stores a sum to shared memory if it is `here`, added to what stands there if `add`; without a
+// branch, so that what follows is not held up by what came before.
+__device__ __forceinline__ void add_shared(uint32_t at, float sum, bool here, bool add) {
+  asm volatile(
+      "{\n.reg .pred here, add;\n.reg .f32 old;\nsetp.ne.u32 here, %2, 0;\n"
+      "setp.ne.and.u32 add, %3, 0, here;\nmov.f32 old, 0f00000000;\n"
+      "@add ld.shared.f32 old, [%0];\nadd.f32 old, old, %1;\n@here st.shared.f32 [%0], old;\n}"
+      :
+      : "r"(at), "f"(sum), "r"(uint32_t(here)), "r"(uint32_t(add)));
+}
 
+// How the tokens of a span are walked: all decays are slow, or one is not, or something may not be
+// finite.  The bits are the same.
+enum Walk { kSlow, kMixed, kCareful };
+
+template <int kRows, int kChunks, int kLogLanes, bool kSiso>
+struct GeneralBlock {
   const GeneralLaunch &g;
   const SsdChunkProblem &p;
   const GeneralPlan &s;
   float *const shared;
-  const Span span;
-  const int lane, mine;  // of a row; the row of threads
-  float h[kRows][kChunks][4];
-  enum { kZero, kInitial, kParked, kHere } where = kZero;  // the states
+  const Span &span;            // in shared memory
+  int lane, mine;              // of a row; the row of threads
+  float h[kRows][kChunks][4];  // during a walk
 
-  __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory, Span here)
-      : g(launch),
-        p(launch.p),
-        s(launch.plan),
-        shared(memory),
-        span(here),
-        lane(threadIdx.x & ((1 << s.log_lanes) - 1)),
-        mine(threadIdx.x >> s.log_lanes) {
-    zero();
-  }
+  __device__ __forceinline__ GeneralBlock(const GeneralLaunch &launch, float *memory,
+                                          const Span &here)
+      : g(launch), p(launch.p), s(launch.plan), shared(memory), span(here) {}
 
-  // ---- States
+  // ---- States, between walks: a tile's are the registers of its threads, in fours
 
-  __device__ __forceinline__ int state_at(int tile, int c) const {
-    return tile * s.tile_states + ((c << s.log_lanes) + lane) * 4;
-  }
-  __device__ __forceinline__ int row_at(int tile, int r) const {
-    return span.first_row + tile * s.rows + mine * kRows + r;
+  // Known when compiling, or -1.
+  __device__ __forceinline__ int log_lanes() const {
+    return kLogLanes < 0 ? s.log_lanes : kLogLanes;
   }
   __device__ __forceinline__ int tiles() const { return s.row_tiles * s.state_tiles; }
+  __device__ __forceinline__ int tile_floats() const { return blockDim.x * kRows * kChunks * 4; }
 
-  __device__ __forceinline__ void zero() {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) h[r][c][e] = 0.0f;
+  __device__ __forceinline__ float *tile(int row_tile, int state_tile) const {
+    if (tiles() == 1) return shared + s.states;
+    return reinterpret_cast<float *>(p.workspace.data) +
+           (span.block * tiles() + row_tile * s.state_tiles + state_tile) * tile_floats();
   }
 
-  // f(value, p, n) of the elements that there are.
+  // f(four states, p, n) of all tiles.
   template <class F>
-  __device__ __forceinline__ void each_state(int row_tile, int state_tile, const F &f) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = row_at(row_tile, r);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int n = state_at(state_tile, c) + e;
-          if (row < p.headdim && n < p.dstate) f(h[r][c][e], row, n);
-        }
-    }
+  __device__ __forceinline__ void each_four(const F &f) const {
+    const int lanes = 1 << log_lanes();
+    for (int j = 0; j < s.state_tiles; ++j)
+      for (int k = 0; k < s.row_tiles; ++k) {
+        float *const states = tile(k, j);
+        const int first_row = span.first_row + k * s.rows, first = j * s.tile_states;
+        each_cell(s.rows, s.tile_states / 4, s.log_tile - 2, [&](int i, int four) {
+          const int thread = i / kRows * lanes + (four & (lanes - 1)),
+                    c = i % kRows * kChunks + (four >> log_lanes());
+          f(*reinterpret_cast<Pack<float, 4> *>(states + (c * blockDim.x + thread) * 4),
+            first_row + i, first + 4 * four);
+        });
+      }
+  }
+
+  __device__ __forceinline__ void clear() const {
+    each_four([](Pack<float, 4> &v, int, int) { v = {}; });
   }
 
   // True if a value is not finite.
-  __device__ __forceinline__ bool read_initial(int row_tile, int state_tile) {
-    bool bad = false;
-    zero();
-    if (!p.initial.h.given()) return bad;
-    const char *const from = p.initial.h.at(span.slot, span.head);
-    const int64_t row_stride = p.initial.h.stride[2], stride = p.initial.h.stride[3];
-    const DType dtype = p.initial.h.dtype;
-    const int64_t item = size_of(dtype);
-    each_state(row_tile, state_tile, [&](float &value, int row, int n) {
-      value = value_of(load_bits(from + (row * row_stride + n * stride) * item, dtype), dtype);
-      bad |= not_finite(value);
+  __device__ __forceinline__ bool read_initial() const {
+    float sum = 0.0f;
+    const bool given = p.initial.h.given();
+    const Table from = table_of(p.initial.h, p.initial.h.at(span.slot, span.head), 2, 3);
+    each_four([&](Pack<float, 4> &v, int row, int n) {
+      v = {};
+      uint32_t bits[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (given && row < s.headdim && n + e < s.dstate)
+          bits[e] = load_bits(from.at(row, n + e), from.dtype);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (given && row < s.headdim && n + e < s.dstate) {
+          v.v[e] = value_of(bits[e], from.dtype);
+          sum = fmaf(v.v[e], 0.0f, sum);
+        }
     });
-    return bad;
+    return sum != 0.0f;
   }
 
-  __device__ __forceinline__ void write_to(const View<4> &to, int64_t entry, int row_tile,
-                                           int state_tile) {
-    char *const base = to.at(entry, span.head);
-    const int64_t row_stride = to.stride[2], stride = to.stride[3], item = size_of(to.dtype);
-    const DType dtype = to.dtype;
-    each_state(row_tile, state_tile, [&](float &value, int row, int n) {
-      store(base + (row * row_stride + n * stride) * item, dtype, value);
+  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry, bool quads) const {
+    if (!to.given()) return;
+    const Table table = table_of(to, to.at(entry, span.head), 2, 3);
+    each_four([&](const Pack<float, 4> &v, int row, int n) {
+      if (row >= s.headdim) return;
+      char *const first = table.at(row, n);
+      if (quads) return store_four(first, table.dtype, v.v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (n + e < s.dstate) store(first + e * table.column, table.dtype, v.v[e]);
     });
   }
 
-  __device__ __forceinline__ float4 *parked(int tile) const {
-    return reinterpret_cast<float4 *>(p.workspace.data) +
-           ((span.block * tiles() + tile) * kRows * kChunks) * blockDim.x + threadIdx.x;
-  }
-
-  // The states of a tile to registers, from wherever they are.
-  __device__ __forceinline__ void bring(int row_tile, int state_tile) {
-    if (where == kHere) return;
-    if (where == kZero) return zero();
-    if (where == kInitial) {
-      read_initial(row_tile, state_tile);
-      return;
-    }
-    const float4 *const from = parked(row_tile * s.state_tiles + state_tile);
+  // To registers, and back.
+  __device__ __forceinline__ void bring(const float *states) {
+    const float4 *const from = reinterpret_cast<const float4 *>(states) + this_thread();
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const float4 v = from[int64_t(r * kChunks + c) * blockDim.x];
+        const float4 v = from[(r * kChunks + c) * blockDim.x];
         h[r][c][0] = v.x, h[r][c][1] = v.y, h[r][c][2] = v.z, h[r][c][3] = v.w;
       }
   }
-
-  __device__ __forceinline__ void park(int row_tile, int state_tile) {
-    if (tiles() == 1) return;
-    float4 *const to = parked(row_tile * s.state_tiles + state_tile);
+  __device__ __forceinline__ void put_back(float *states) const {
+    float4 *const to = reinterpret_cast<float4 *>(states) + this_thread();
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
-        to[int64_t(r * kChunks + c) * blockDim.x] =
+        to[(r * kChunks + c) * blockDim.x] =
             make_float4(h[r][c][0], h[r][c][1], h[r][c][2], h[r][c][3]);
-  }
-
-  __device__ __forceinline__ void clear() {
-    zero();
-    where = kZero;
-  }
-
-  __device__ __forceinline__ void write_states(const View<4> &to, int64_t entry) {
-    if (!to.given()) return;
-    for (int i = 0; i < s.row_tiles; ++i)
-      for (int j = 0; j < s.state_tiles; ++j) {
-        bring(i, j);
-        write_to(to, entry, i, j);
-      }
   }
 
   // ---- Tokens
 
-  // h <- h + coefficient row^T, for the rows of the thread.
-  template <bool kCareful>
-  __device__ __forceinline__ void add_product(const float *keys, float weight, const float *values,
-                                              int state_tile) {
+  __device__ __forceinline__ void read_states(const float *from, int log_lanes,
+                                              float (&to)[kChunks][4]) const {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const float4 v = *reinterpret_cast<const float4 *>(from + (c << (log_lanes + 2)));
+      to[c][0] = v.x, to[c][1] = v.y, to[c][2] = v.z, to[c][3] = v.w;
+    }
+  }
+
+  // h <- h + (weight u) key^T, for the rows and states of the thread.
+  template <Walk kWalk>
+  __device__ __forceinline__ void add_product(const float (&key)[kChunks][4], float weight,
+                                              const float (&values)[kRows], int state,
+                                              int log_lanes) {
     float u[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) u[r] = __fmul_rn(weight, values[r]);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const float4 k4 = *reinterpret_cast<const float4 *>(keys + state_at(state_tile, c));
-      const float k[4] = {k4.x, k4.y, k4.z, k4.w};
+    for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (kCareful && state_at(state_tile, c) + e >= p.dstate) continue;
+        // States past the end are left out, not multiplied by a padded 0.
+        if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], k[e], h[r][c][e]);
+        for (int r = 0; r < kRows; ++r) h[r][c][e] = fmaf(u[r], key[c][e], h[r][c][e]);
       }
-    }
   }
 
   template <class F>
@@ -191,52 +188,49 @@ struct GeneralBlock {
         for (int e = 0; e < 4; ++e) f(h[r][c][e]);
   }
 
-  template <bool kCareful>
-  __device__ __forceinline__ void advance(int token, int row_tile, int state_tile) {
-    const TokenTerms terms = reinterpret_cast<const TokenTerms *>(shared + s.terms)[token];
-    if (kCareful) {
+  template <Walk kWalk>
+  __device__ __forceinline__ void decay(const TokenTerms &term) {
+    if (kWalk == kCareful) {
       // What is infinite stays so, and what is not has the bits that it has below.
       each([&](float &v) {
-        v = terms.slow && !not_finite(v) ? fmaf(terms.decay_less_1, v, v)
-                                         : __fmul_rn(terms.decay, v);
+        v = term.slow() && !not_finite(v) ? fmaf(term.decay_less_1, v, v)
+                                          : __fmul_rn(term.decay, v);
       });
-    } else if (terms.slow) {
-      each([&](float &v) { v = fmaf(terms.decay_less_1, v, v); });
+    } else if (kWalk == kSlow || term.slow()) {
+      each([&](float &v) { v = fmaf(term.decay_less_1, v, v); });
     } else {
-      each([&](float &v) { v = __fmul_rn(terms.decay, v); });
+      each([&](float &v) { v = __fmul_rn(term.decay, v); });
     }
-    const int ranks = kSiso ? 1 : s.rank;
-    for (int r = 0; r < ranks; ++r)
-      add_product<kCareful>(
-          shared + s.K + (token * ranks + r) * s.padded, terms.write,
-          shared + s.U + (token * ranks + r) * s.block_rows + row_tile * s.rows + mine * kRows,
-          state_tile);
   }
 
-  // Sums of 16 values over the lanes of a row, to Y from `step` on.  Each halving leaves a lane with
-  // half of the values; neighbours first, whatever the number of lanes.
-  __device__ __forceinline__ void sum_up(float (&y)[16], int step, int row_tile, bool add) {
-    int first = 0;
-    halve<8>(y, &first);
-    if (lane >= 16) return;
-    float *const to = shared + s.Y + row_tile * s.rows + mine * kRows;
-    const int count = 16 >> s.log_lanes;
+  __device__ __forceinline__ void read_rows(const float *from, float (&to)[kRows]) const {
+    const Pack<float, kRows> rows = *reinterpret_cast<const Pack<float, kRows> *>(from);
 #pragma unroll
-    for (int j = 0; j < 16; ++j)
-      if (j == 0 || j < count) {
-        const int at = first + j;
-        float *const place = to + (step + at / kRows) * s.block_rows + at % kRows;
-        *place = add ? *place + y[j] : y[j];
-      }
+    for (int r = 0; r < kRows; ++r) to[r] = rows.v[r];
+  }
+
+  // Sums over the lanes of a row, to Y.  Each halving leaves a lane with half of the thread's rows;
+  // neighbours first, whatever the number of lanes.
+  __device__ __forceinline__ void sum_up(float (&y)[kRows], float *to, int log_lanes, bool add) {
+    int first = 0;
+    halve<kRows / 2>(y, log_lanes, &first);
+    const int count = kRows >> log_lanes;
+    const uint32_t at = shared_address(to + first);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      if (j == 0 || kLogLanes < 0)
+        add_shared(at + 4 * j, y[j], lane < kRows && (j == 0 || j < count), add);
   }
 
   // While there are lanes to add: 2 kHalf values become kHalf.
   template <int kHalf>
-  __device__ __forceinline__ void halve(float (&y)[16], int *first) {
-    constexpr int kOff = 8 / (kHalf ? kHalf : 1);
+  __device__ __forceinline__ void halve(float (&y)[kRows], int log_lanes, int *first) {
+    constexpr int kOff = kHalf ? kRows / 2 / kHalf : kRows;
     if constexpr (kHalf == 0) {
-      if (s.log_lanes == 5) y[0] += __shfl_xor_sync(~0u, y[0], 16);
-    } else if (kOff < 1 << s.log_lanes) {
+#pragma unroll
+      for (int off = kOff; off < 32; off <<= 1)
+        if (off < 1 << log_lanes) y[0] += __shfl_xor_sync(~0u, y[0], off);
+    } else if (kOff < 1 << log_lanes) {
       const bool upper = lane & kOff;
 #pragma unroll
       for (int j = 0; j < kHalf; ++j) {
@@ -244,146 +238,191 @@ struct GeneralBlock {
         y[j] = kept + __shfl_xor_sync(~0u, sent, kOff);
       }
       *first += upper ? kHalf : 0;
-      halve<kHalf / 2>(y, first);
+      halve<kHalf / 2>(y, log_lanes, first);
     }
   }
 
-  template <bool kCareful>
-  __device__ __forceinline__ void walk(int steps, int row_tile, int state_tile) {
-    int token = 0, rank = 0;
-    for (int first = 0; first < steps; first += kGroup) {
-      float y[16];
+  template <Walk kWalk>
+  __device__ __forceinline__ void walk(int tokens, const TokenTerms *terms, int row_tile,
+                                       int state_tile) {
+    // Copies: what stands in shared memory may change with every store.
+    const int padded = s.padded, block_rows = s.block_rows, ranks = kSiso ? 1 : s.rank;
+    const int log_lanes = this->log_lanes();
+    const int state = state_tile * s.tile_states + lane * 4;
+    const float *queries = shared + s.Q + state, *keys = shared + s.K + state;
+    const float *values = shared + s.U + row_tile * s.rows + mine * kRows;
+    float *sums = shared + s.Y + row_tile * s.rows + mine * kRows;
+#pragma unroll 1
+    for (int left = tokens; left; --left) {
+      float y[kRows];
+#pragma unroll 1
+      for (int k = 0; k < ranks; ++k) {
+        // Those of the rank before are added up while this one's are multiplied.
+        if (!kSiso && k > 0) {
+          sum_up(y, sums, log_lanes, state_tile > 0);
+          sums += block_rows;
+        }
+        float q[kChunks][4];
+        read_states(queries, log_lanes, q);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+        for (int r = 0; r < kRows; ++r) y[r] = 0.0f;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) y[i * kRows + r] = 0.0f;
-        if (first + i >= steps) continue;
-        const float *const queries = shared + s.Q + (first + i) * s.padded;
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          const float4 q4 = *reinterpret_cast<const float4 *>(queries + state_at(state_tile, c));
-          const float q[4] = {q4.x, q4.y, q4.z, q4.w};
+        for (int c = 0; c < kChunks; ++c)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            // States past the end are dropped, not multiplied by a padded 0.
-            if (kCareful && state_at(state_tile, c) + e >= p.dstate) continue;
+            if (kWalk == kCareful && state + (c << (log_lanes + 2)) + e >= s.dstate) continue;
 #pragma unroll
-            for (int r = 0; r < kRows; ++r)
-              y[i * kRows + r] = fmaf(h[r][c][e], q[e], y[i * kRows + r]);
+            for (int r = 0; r < kRows; ++r) y[r] = fmaf(h[r][c][e], q[c][e], y[r]);
           }
-        }
-        if (kSiso || ++rank == s.rank) {
-          advance<kCareful>(token++, row_tile, state_tile);
-          rank = 0;
-        }
+        queries += padded;
       }
-      sum_up(y, first, row_tile, state_tile > 0);
+      const TokenTerms term = *terms++;
+      decay<kWalk>(term);
+      // The span's last token leaves what the next one owes to be added when that comes.
+      const float write = left > 1 ? term.write : term.gamma;
+#pragma unroll 1
+      for (int k = 0; k < ranks; ++k) {
+        float u[kRows], key[kChunks][4];
+        read_rows(values, u);
+        if (kSiso) read_states(keys, log_lanes, key);
+        // In the shadow of the products.
+        if (k == 0) sum_up(y, sums, log_lanes, state_tile > 0);
+        if (!kSiso) read_states(keys, log_lanes, key);
+        add_product<kWalk>(key, write, u, state, log_lanes);
+        keys += padded, values += block_rows;
+      }
+      sums += block_rows;
     }
   }
 
   // What the span's first token owes to the one before it.
-  template <bool kCareful>
-  __device__ __forceinline__ void add_before(int row_tile, int state_tile) {
-    const float share = shared[s.owed];
-    const int ranks = kSiso ? 1 : s.rank;
+  template <Walk kWalk>
+  __device__ __forceinline__ void add_before(float share, const float *v, int row_tile,
+                                             int state_tile) {
+    const int row = row_tile * s.rows + mine * kRows, ranks = kSiso ? 1 : s.rank;
+    const int state = state_tile * s.tile_states + lane * 4;
+#pragma unroll 1
     for (int i = 0; i < ranks; ++i) {
       float u[kRows];
-      const int row = row_tile * s.rows + mine * kRows;
+      read_rows(v + row, u);
+      if (s.has_psi)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float v = shared[s.v_before + row + r];
-        u[r] = s.has_psi ? __fmul_rn(v, shared[s.psi + i * s.block_rows + row + r]) : v;
-      }
-      add_product<kCareful>(shared + s.k_before + i * s.padded, share, u, state_tile);
+        for (int r = 0; r < kRows; ++r)
+          u[r] = __fmul_rn(u[r], shared[s.psi + i * s.block_rows + row + r]);
+      float key[kChunks][4];
+      read_states(shared + s.k_before + i * s.padded + state, log_lanes(), key);
+      add_product<kWalk>(key, share, u, state, log_lanes());
     }
   }
 
-  // All tokens of a span; before says that there is a token before it.
-  __device__ __forceinline__ void run(int tokens, bool before, bool careful) {
-    const int steps = kSiso ? tokens : tokens * s.rank;
+  // All tokens of a span, after `work` has prepared them.
+  __device__ __forceinline__ void run(int tokens, const SpanWork<kSiso> &work) {
+    const int thread = this_thread();
+    lane = thread & ((1 << log_lanes()) - 1), mine = thread >> log_lanes();
+    const bool before = work.flags.has_before && p.trap.given();
+    const bool slow = __all_sync(~0u, (thread & 31) >= tokens || work.terms()[thread & 31].slow());
+    const float share = before ? shared[s.owed + work.first_term] : 0.0f;
     for (int i = 0; i < s.row_tiles; ++i)
       for (int j = 0; j < s.state_tiles; ++j) {
-        bring(i, j);
-        if (careful) {
-          if (before) add_before<true>(i, j);
-          walk<true>(steps, i, j);
+        bring(tile(i, j));
+        if (work.flags.careful) {
+          if (before) add_before<kCareful>(share, work.v_before(), i, j);
+          walk<kCareful>(tokens, work.terms(), i, j);
         } else {
-          if (before) add_before<false>(i, j);
-          walk<false>(steps, i, j);
+          if (before) add_before<kMixed>(share, work.v_before(), i, j);
+          if (slow) {
+            walk<kSlow>(tokens, work.terms(), i, j);
+          } else {
+            walk<kMixed>(tokens, work.terms(), i, j);
+          }
         }
-        park(i, j);
+        put_back(tile(i, j));
       }
-    where = tiles() == 1 ? kHere : kParked;
   }
 };
 
-template <int kRows, int kChunks, bool kSiso>
-__global__ void __launch_bounds__(kGeneralThreads, 1)
-    ssd_general(const __grid_constant__ GeneralLaunch launch) {
+template <int kRows, int kChunks, int kLogLanes, bool kSiso>
+__global__ void __launch_bounds__(kGeneralThreads, 2)
+    ssd_general(const __grid_constant__ GeneralLaunch given) {
   extern __shared__ float4 memory[];
-  using Block = GeneralBlock<kRows, kChunks, kSiso>;
+  using Block = GeneralBlock<kRows, kChunks, kLogLanes, kSiso>;
   begin();
   float *const shared = reinterpret_cast<float *>(memory);
+  // In shared memory, from where the compiler reads them when they are used: what it would compute
+  // ahead from parameters for all spans fills more registers than there are.
+  __shared__ alignas(16) uint32_t copy[sizeof(GeneralLaunch) / 4];
+  __shared__ Span span;
+  __shared__ Found found;
+  for (int i = threadIdx.x; i < sizeof(GeneralLaunch) / 4; i += blockDim.x)
+    copy[i] = reinterpret_cast<const uint32_t *>(&given)[i];
+  __syncthreads();
+  const GeneralLaunch &launch = reinterpret_cast<const GeneralLaunch &>(copy);
   const SsdChunkProblem &p = launch.p;
   const GeneralPlan &s = launch.plan;
-  const Span span = span_of(launch);
-  SpanWork<kSiso> work{p, s, shared, span};
+  if (threadIdx.x == 0) span = span_of(launch);
+  __syncthreads();
+  SpanWork<kSiso> work(p, s, shared, span, found);
   if (span.pad) return work.zero_output(span.begin, span.end);
 
   Block block(launch, shared, span);
   work.read_parameters();
-  // Sticky: where something was not finite, the states may not be until they are cleared.
-  bool careful = false;
   if (span.has_initial) {
-    block.where = Block::kInitial;
-    bool bad = work.read_initial();
-    if (block.tiles() == 1) {
-      bad |= block.read_initial(0, 0);
-      block.where = Block::kHere;
-    } else {
-      bad = true;  // they are not looked at here
-    }
-    careful = __syncthreads_or(bad);
+    const bool bad = work.read_initial();
+    work.flags.careful = __syncthreads_or(block.read_initial() || bad) != 0;
   } else {
+    block.clear();
     work.clear();
   }
 
-  int64_t last = -1, capture = work.next_capture(span.begin);
-  for (int64_t t = span.begin; t < span.end;) {
-    int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
-    if (p.seqs.seq_idx.given()) {
-      const Run run = work.next_run(t, tokens);
+  if (threadIdx.x == 0) found.last = -1, found.nterms = 0;
+  work.find_capture(span.begin);
+  for (;;) {
+    __syncthreads();
+    const bool end = span.begin >= span.end;
+    int tokens = end ? 0 : span.end - span.begin < s.tokens ? int(span.end - span.begin) : s.tokens;
+    if (!end && p.seqs.seq_idx.given()) {
+      const Run run = work.next_run(span.begin, tokens);
       tokens = run.tokens;
-      if (run.id < 0) {
-        work.zero_output(t, t + tokens);
-        t += tokens;
+      if (run.pads) {
+        work.zero_output(span.begin, span.begin + tokens);
+        work.skip(tokens);
+        __syncthreads();
+        if (threadIdx.x == 0) span.begin += tokens;
         continue;
       }
-      if (last >= 0 && run.id != last) {
+      if (run.fresh) {
         block.clear();
         work.clear();
-        careful = false;
       }
-      last = run.id;
     }
-    if (capture < t) capture = work.next_capture(t);
-    const bool captured = capture - t < tokens;
-    if (captured) tokens = int(capture - t) + 1;
-    careful |= work.prepare(t, tokens);
-    block.run(tokens, work.has_before, careful);
-    __syncthreads();
-    work.finish(t, tokens);
-    work.keep_last(t, tokens);
-    if (captured)
-      work.each_capture(capture, [&](int64_t i) {
-        block.write_states(p.captured.h, i);
-        work.write_small(p.captured, i);
-      });
-    t += tokens;
+    if (found.token < span.begin) work.find_capture(span.begin);
+    const bool captured = found.token - span.begin < tokens;
+    if (captured) tokens = int(found.token - span.begin) + 1;
+    if (!end) {
+      // Where something was not finite the states may not be either, until they are cleared.
+      if (work.prepare(tokens)) work.flags.careful = 1;
+      block.run(tokens, work);
+      __syncthreads();
+      work.finish(tokens);
+      work.keep_last(tokens);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        span.begin += tokens;
+        if (p.seqs.seq_idx.given()) found.last = work.id();
+      }
+    }
+    // The states after this token, or after all.
+    const HeadStates &to = end ? p.final : p.captured;
+    for (int64_t i = end        ? 0
+                     : captured ? work.next_capture(0)
+                                : kNever;
+         i != kNever; i = end ? kNever : work.next_capture(i + 1)) {
+      const int64_t entry = end ? span.slot : i;
+      block.write_states(to.h, entry, end ? s.final_quads : s.captured_quads);
+      work.write_small(to, entry);
+    }
+    if (end) return;
   }
-  __syncthreads();
-  block.write_states(p.final.h, span.slot);
-  work.write_small(p.final, span.slot);
 }
 
 }  // namespace ssmk::cuda

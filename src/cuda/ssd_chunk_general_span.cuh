@@ -10,7 +10,23 @@ namespace ssmk::cuda {
 
 constexpr int kGeneralThreads = 256;   // at most
 constexpr int kGeneralTokens = 16;     // of a span, at most
+constexpr int kTermTokens = 128;       // whose decays and weights are made together
 constexpr int64_t kNever = INT64_MAX;  // a token that does not come
+
+// The tensors whose tokens come to shared memory.
+enum { kKeys, kQueries, kX, kZ, kTurns, kSources };
+
+// One of them: strides in bytes; `inner` is that of groups or heads.
+struct Source {
+  const char *data;
+  int64_t batch, token, rank, inner, column;
+  DType dtype;
+  // Its part of a span comes while the span before is walked, around the registers: rows of `pitch`
+  // bytes from float number `at` on.
+  bool ahead;
+  int at, pitch;
+  int log;  // of the power of two that holds its columns, of 4 at least
+};
 
 // The cut of a call.  Offsets into shared memory count floats and are multiples of 4.
 struct GeneralPlan {
@@ -19,11 +35,12 @@ struct GeneralPlan {
   int tile_states, padded;       // states of a tile, and of all
   int block_rows, slices;        // rows of a block; blocks of a head
   int tokens, steps;             // of a span; a step is a rank of a token
-  int rank, nangles;
-  int log_rows, log_states, log_angles;  // of the powers of two that hold a row of work
-  bool has_psi, quads_x, quads_z, quads_B, quads_C;
-  int K, Q, U, Y, z, kq, sine, cosine, theta, raw_theta, k_before, v_before;
-  int psi, zeta, phi, D, norm, B_bias, C_bias, terms, gamma, owed, dt, scales, ids;
+  int headdim, dstate, rank, nangles;
+  int log_rows, log_angles, log_tile;  // of the powers of two that hold a row of work
+  bool has_psi, out_quads, final_quads, captured_quads;
+  Source sources[kSources];
+  int states, K, Q, U, Y, zs, kq, sine, cosine, theta, raw_theta, k_before, v_before;
+  int psi, zeta, phi, D, norm, B_bias, C_bias, terms, owed, dt, scales, ids;
 };
 
 struct GeneralLaunch {
@@ -34,21 +51,32 @@ struct GeneralLaunch {
 
 // One block's work.
 struct Span {
-  int64_t row, begin, end, slot, head, group;
-  int64_t block;  // number of it in the whole call
+  int64_t row, begin, end, slot, head, group;  // begin: of the tokens that are left
+  int64_t block;                               // number of it in the whole call
   int first_row;
   bool pad, has_initial;
 };
 
+// In shared memory: the next token that is captured, one of its captures, the id of the last token,
+// and the tokens whose decays and weights are there.
+struct Found {
+  int64_t token, capture, last;
+  int nterms;
+};
+
 struct Run {
-  int64_t id;
   int tokens;
+  bool pads, fresh;  // fresh: a sequence starts
 };
 
 // Of a token, for the walk.
 struct alignas(16) TokenTerms {
-  float decay, decay_less_1, write;
-  bool slow;
+  float decay, decay_less_1;
+  float write;  // what its product is multiplied by, with what the next token owes to it
+  float gamma;  // without that
+
+  // Multiplied as h + (d - 1) h.
+  __device__ __forceinline__ bool slow() const { return fabsf(decay_less_1) < 0.5f; }
 };
 
 __device__ __forceinline__ bool not_finite(float v) {
@@ -75,8 +103,7 @@ __device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
   s.end = packed ? bound(i + 1) : p.seqlen;
   s.slot = slot.index;
   s.pad = slot.pad;
-  s.has_initial =
-      !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(i) != 0;
+  s.has_initial = !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(i) != 0;
   s.head = g.first_head + blockIdx.y;
   s.group = s.head / (p.nheads / p.ngroups);
   s.block = (i * p.nheads + s.head) * g.plan.slices + blockIdx.x;
@@ -84,74 +111,82 @@ __device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
   return s;
 }
 
-// Four neighbours, aligned to the bytes that they fill.
-__device__ __forceinline__ uint4 load_four(const char *p, DType dtype) {
-  uint4 bits;
-  asm volatile(
-      "{\n.reg .pred wide;\nsetp.ne.u32 wide, %5, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@wide ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n@!wide ld.global.v2.b32 {%0, %1}, [%4];\n}"
-      : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
-      : "l"(p), "r"(uint32_t(dtype == DType::kF32))
-      : "memory");
-  return bits;
-}
-
-__device__ __forceinline__ float4 four_values(uint4 bits, DType dtype) {
-  if (dtype == DType::kF32)
-    return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-            __uint_as_float(bits.w)};
+// Four neighbours in shared memory, aligned to the bytes that they fill.
+__device__ __forceinline__ Pack<float, 4> read_four(const char *p, DType dtype) {
+  if (dtype == DType::kF32) return *reinterpret_cast<const Pack<float, 4> *>(p);
+  const uint2 bits = *reinterpret_cast<const uint2 *>(p);
   const float2 a = two_values({bits.x, 0}, dtype), b = two_values({bits.y, 0}, dtype);
-  return {a.x, a.y, b.x, b.y};
+  return {{a.x, a.y, b.x, b.y}};
 }
 
-// f(row, column) of a table whose columns fill 2^log threads.
-template <class F>
-__device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
-  const int count = rows << log;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int row = i >> log, column = i & ((1 << log) - 1);
-    if (column < columns) f(row, column);
+// Four neighbours to memory, aligned to the bytes that they fill.
+__device__ __forceinline__ void store_four(char *p, DType dtype, const float (&v)[4]) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else if (dtype == DType::kF16) {
+    store_pack(reinterpret_cast<__half *>(p), narrow_pack<__half>(v));
+  } else {
+    store_pack(reinterpret_cast<__nv_bfloat16 *>(p), narrow_pack<__nv_bfloat16>(v));
   }
 }
 
+// The thread's number, of which the compiler knows nothing: what is computed from it is not kept in
+// registers from span to span, where the states need them.
+__device__ __forceinline__ int this_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// f(row, column) of a table whose columns fit 2^log threads, if there are so many.
+template <class F>
+__device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
+  const int thread = this_thread(), most = 31 - __clz(blockDim.x);
+  if (log > most) log = most;
+  const int group = thread >> log, groups = blockDim.x >> log, width = 1 << log;
+  if (group >= groups) return;
+#pragma unroll 1
+  for (int row = group; row < rows; row += groups)
+#pragma unroll 1
+    for (int column = thread & (width - 1); column < columns; column += width) f(row, column);
+}
+
+// Rows and columns of a tensor of floats; strides in bytes.
+struct Table {
+  char *data;
+  int64_t row, column;
+  DType dtype;
+
+  __device__ __forceinline__ char *at(int r, int c = 0) const {
+    return data + r * row + c * column;
+  }
+};
+
+template <int Rank>
+__device__ __forceinline__ Table table_of(const View<Rank> &v, char *first, int row, int column) {
+  const int64_t item = v.dtype == DType::kF32 ? 4 : 2;
+  return {first, v.stride[row] * item, v.stride[column] * item, v.dtype};
+}
+
 // The same for cells that come from memory: several loads are under way at once.
-template <class At, class Put>
-__device__ __forceinline__ void each_loaded(int rows, int columns, int log, DType dtype,
-                                            const At &at, const Put &put) {
-  constexpr int kAtOnce = 8;
+template <class Put>
+__device__ __forceinline__ void each_loaded(const Table &from, int rows, int columns, int log,
+                                            const Put &put) {
+  constexpr int kAtOnce = 4;
   const int count = rows << log;
-  for (int first = threadIdx.x; first < count; first += kAtOnce * blockDim.x) {
+#pragma unroll 1
+  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
     uint32_t bits[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) bits[j] = load_bits(at(row, column), dtype);
+      if (i < count && column < columns) bits[j] = load_bits(from.at(row, column), from.dtype);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) put(row, column, value_of(bits[j], dtype));
-    }
-  }
-}
-
-// In fours of neighbours: `columns` of them.
-template <class At, class Put>
-__device__ __forceinline__ void each_four(int rows, int columns, int log, DType dtype, const At &at,
-                                          const Put &put) {
-  constexpr int kAtOnce = 4;
-  const int count = rows << log;
-  for (int first = threadIdx.x; first < count; first += kAtOnce * blockDim.x) {
-    uint4 bits[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) bits[j] = load_four(at(row, 4 * column), dtype);
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) put(row, 4 * column, four_values(bits[j], dtype));
+      if (i < count && column < columns)
+        put(row, column, Pack<float, 1>{{value_of(bits[j], from.dtype)}});
     }
   }
 }
@@ -161,21 +196,36 @@ struct SpanWork {
   const SsdChunkProblem &p;
   const GeneralPlan &s;
   float *const shared;
-  const Span span;
-  bool has_before = false;  // k_before and v_before are those of a token
-  bool turned = false;      // theta has seen a token; before, it is as the caller gave it
+  const Span &span;  // in shared memory
+  Found &found;
+  // In one register.
+  struct Flags {
+    unsigned has_before : 1;  // k_before and v_before are those of a token
+    unsigned turned : 1;      // theta has seen a token; before, it is as the caller gave it
+    unsigned terms_bad : 1;   // terms that are there are not all finite
+    unsigned sent : 1;        // for the next token and some after it
+    unsigned parity : 1;      // which of two v_before it is
+    unsigned careful : 1;     // states may not be finite
+  } flags = {};
+  int first_term = 0;  // the next token's, of those that are there
 
   __device__ __forceinline__ SpanWork(const SsdChunkProblem &problem, const GeneralPlan &plan,
-                                      float *memory, const Span &here)
-      : p(problem), s(plan), shared(memory), span(here) {}
+                                      float *memory, const Span &here, Found &captures)
+      : p(problem), s(plan), shared(memory), span(here), found(captures) {}
 
   __device__ __forceinline__ int ranks() const { return kSiso ? 1 : s.rank; }
   __device__ __forceinline__ int token_of(int step) const { return kSiso ? step : step / s.rank; }
   __device__ __forceinline__ int rank_of(int step) const { return kSiso ? 0 : step % s.rank; }
   // Rows of this block that there are.
   __device__ __forceinline__ int rows() const {
-    const int left = int(p.headdim) - span.first_row;
+    const int left = s.headdim - span.first_row;
     return left < s.block_rows ? left : s.block_rows;
+  }
+  __device__ __forceinline__ float *v_before() const {
+    return shared + s.v_before + flags.parity * s.block_rows;
+  }
+  __device__ __forceinline__ const TokenTerms *terms() const {
+    return reinterpret_cast<const TokenTerms *>(shared + s.terms) + first_term;
   }
   __device__ __forceinline__ double *theta() const {
     return reinterpret_cast<double *>(shared + s.theta);
@@ -200,22 +250,22 @@ struct SpanWork {
   }
   __device__ __forceinline__ void read_rows(int to, const View<2> &v) const {
     if (v.given())
-      for (int i = threadIdx.x; i < s.block_rows; i += blockDim.x)
+      for (int i = this_thread(); i < s.block_rows; i += blockDim.x)
         shared[to + i] = i < rows() ? load_at(v, span.head, span.first_row + i) : 0.0f;
   }
   __device__ __forceinline__ void read_bias(int to, const View<3> &v) const {
     if (v.given())
       for (int r = 0; r < ranks(); ++r)
-        for (int i = threadIdx.x; i < p.dstate; i += blockDim.x)
+        for (int i = this_thread(); i < s.dstate; i += blockDim.x)
           shared[to + r * s.padded + i] = load_at(v, span.head, r, i);
   }
 
   // States past the end stay zeros in all keys and queries.
   __device__ __forceinline__ void read_parameters() const {
     const Mamba3 &m = p.mamba3;
-    for (int i = threadIdx.x; i < s.steps * s.padded; i += blockDim.x)
+    for (int i = this_thread(); i < s.steps * s.padded; i += blockDim.x)
       shared[s.K + i] = shared[s.Q + i] = 0.0f;
-    for (int i = threadIdx.x; p.trap.given() && i < ranks() * s.padded; i += blockDim.x)
+    for (int i = this_thread(); p.trap.given() && i < ranks() * s.padded; i += blockDim.x)
       shared[s.k_before + i] = 0.0f;
     read_ranks(s.psi, m.mimo_x);
     read_ranks(s.zeta, m.mimo_z);
@@ -232,16 +282,16 @@ struct SpanWork {
   template <class F>
   __device__ __forceinline__ void each_key(const F &f) const {
     for (int r = 0; r < ranks(); ++r)
-      for (int n = threadIdx.x; n < p.dstate; n += blockDim.x)
+      for (int n = this_thread(); n < s.dstate; n += blockDim.x)
         f(shared[s.k_before + r * s.padded + n], r, n);
   }
   template <class F>
   __device__ __forceinline__ void each_value(const F &f) const {
-    for (int i = threadIdx.x; i < s.block_rows; i += blockDim.x) f(shared[s.v_before + i], i);
+    for (int i = this_thread(); i < s.block_rows; i += blockDim.x) f(v_before()[i], i);
   }
   template <class F>
   __device__ __forceinline__ void each_angle(const F &f) const {
-    for (int j = threadIdx.x; j < s.nangles; j += blockDim.x) f(j);
+    for (int j = this_thread(); j < s.nangles; j += blockDim.x) f(j);
   }
 
   __device__ __forceinline__ void set_angle(int j, float radians) const {
@@ -250,7 +300,7 @@ struct SpanWork {
   }
 
   __device__ __forceinline__ void clear() {
-    has_before = turned = false;
+    flags.has_before = flags.turned = flags.careful = 0;
     each_angle([&](int j) { set_angle(j, 0.0f); });
   }
 
@@ -261,8 +311,8 @@ struct SpanWork {
     clear();
     if (from.angle.given())
       each_angle([&](int j) { set_angle(j, load_at(from.angle, span.slot, span.head, j)); });
-    has_before = from.k.given() || from.v.given();
-    if (!has_before) return bad;
+    flags.has_before = from.k.given() || from.v.given();
+    if (!flags.has_before) return bad;
     each_key([&](float &k, int r, int n) {
       k = from.k.given() ? load_at(from.k, span.slot, r, span.head, n) : 0.0f;
       bad |= not_finite(k);
@@ -280,7 +330,7 @@ struct SpanWork {
     if (to.angle.given() && first)
       each_angle([&](int j) {
         float radians = shared[s.raw_theta + j];
-        if (turned) {
+        if (flags.turned) {
           radians = float(theta()[j] * 3.14159265358979323846);
           if (radians >= kTwoPi) radians = 0.0f;
         }
@@ -288,172 +338,242 @@ struct SpanWork {
       });
     if (to.k.given() && first)
       each_key([&](float &k, int r, int n) {
-        store_at(to.k, has_before ? k : 0.0f, entry, r, span.head, n);
+        store_at(to.k, flags.has_before ? k : 0.0f, entry, r, span.head, n);
       });
     if (to.v.given())
       each_value([&](float &v, int i) {
         if (i < rows())
-          store_at(to.v, has_before ? v : 0.0f, entry, span.head, span.first_row + i);
+          store_at(to.v, flags.has_before ? v : 0.0f, entry, span.head, span.first_row + i);
       });
   }
 
   // ---- Captures and runs
 
-  // The first captured token from t on.
-  __device__ __forceinline__ int64_t next_capture(int64_t t) const {
-    __shared__ unsigned long long best;
-    if (p.ncaptures == 0) return kNever;
+  // The least of all threads' values, in shared memory.
+  __device__ __forceinline__ int64_t least(int64_t *to, int64_t value) const {
+    unsigned long long *const best = reinterpret_cast<unsigned long long *>(to);
     __syncthreads();
-    if (threadIdx.x == 0) best = kNever;
+    if (this_thread() == 0) *best = kNever;
     __syncthreads();
+    if (value < kNever) atomicMin(best, (unsigned long long)value);
+    __syncthreads();
+    return *to;
+  }
+
+  // Puts the first captured token from t on into `found`.
+  __device__ __forceinline__ void find_capture(int64_t t) const {
     int64_t first = kNever;
-    for (int64_t i = threadIdx.x; i < p.ncaptures; i += blockDim.x) {
+    for (int64_t i = this_thread(); i < p.ncaptures; i += blockDim.x) {
       const int64_t at = read_index(p.capture_positions, i) - span.row * p.seqlen;
       if (at >= t && at < span.end && at < first) first = at;
     }
-    if (first < kNever) atomicMin(&best, (unsigned long long)first);
-    __syncthreads();
-    return int64_t(best);
+    least(&found.token, first);
   }
 
-  // f(i) of the captures of token t.
-  template <class F>
-  __device__ __forceinline__ void each_capture(int64_t t, const F &f) const {
-    __shared__ bool hits[kGeneralThreads];
-    for (int64_t first = 0; first < p.ncaptures; first += blockDim.x) {
-      const int64_t i = first + threadIdx.x;
-      const bool hit =
-          i < p.ncaptures && read_index(p.capture_positions, i) == span.row * p.seqlen + t;
-      hits[threadIdx.x] = hit;
-      if (!__syncthreads_or(hit)) continue;
-      for (int k = 0; k < blockDim.x; ++k)
-        if (hits[k]) f(first + k);
-      __syncthreads();
-    }
+  // The first capture of that token, from number i on.
+  __device__ __forceinline__ int64_t next_capture(int64_t i) const {
+    int64_t first = kNever;
+    for (i += this_thread(); i < p.ncaptures && first == kNever; i += blockDim.x)
+      if (read_index(p.capture_positions, i) == span.row * p.seqlen + found.token) first = i;
+    return least(&found.capture, first);
   }
 
-  // Tokens from t on, at most `most`, with one id or all pads (-1).
+  // Tokens from t on, at most `most`, with one id or all pads.
   __device__ __forceinline__ Run next_run(int64_t t, int most) const {
     int64_t *const ids = reinterpret_cast<int64_t *>(shared + s.ids);
     __syncthreads();
-    if (threadIdx.x < most) {
-      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + threadIdx.x);
-      ids[threadIdx.x] = id < 0 ? -1 : id;
+    const int i = this_thread();
+    if (i < most) {
+      const int64_t id = read_index(p.seqs.seq_idx, span.row, t + i);
+      ids[i] = id < 0 ? -1 : id;
     }
     __syncthreads();
-    Run run = {ids[0], 1};
-    while (run.tokens < most && ids[run.tokens] == run.id) ++run.tokens;
+    Run run = {1, ids[0] < 0, found.last >= 0 && ids[0] != found.last};
+    while (run.tokens < most && ids[run.tokens] == ids[0]) ++run.tokens;
     return run;
+  }
+  __device__ __forceinline__ int64_t id() const {
+    return *reinterpret_cast<const int64_t *>(shared + s.ids);
   }
 
   // ---- Before the walk
 
-  // dt', decays and weights, by the first warp.
-  __device__ __forceinline__ bool prepare_terms(int64_t t, int tokens) const {
-    const int i = threadIdx.x;
-    if (i >= 32) return false;
-    float dt = 0.0f, gamma = 0.0f, owed = 0.0f, a = 0.0f;
-    if (i < tokens) {
-      dt = load_at(p.dt, span.row, t + i, span.head);
-      if (p.dt_bias.given()) dt += load_at(p.dt_bias, span.head);
+  // Decays and weights of tokens from t on.
+  __device__ __forceinline__ void make_terms(int64_t t) {
+    const int count = span.end - t < kTermTokens ? int(span.end - t) : kTermTokens;
+    TokenTerms *const terms = reinterpret_cast<TokenTerms *>(shared + s.terms);
+    const bool trap = p.trap.given();
+    bool bad = false;
+    first_term = 0;
+    for (int i = this_thread(); i < count; i += blockDim.x) {
+      // All are under way before one is used.
+      const uint32_t dt_bits = load_given(p.dt.at(span.row, t + i, span.head), p.dt.dtype),
+                     bias = load_given(p.dt_bias.at(span.head), p.dt_bias.dtype),
+                     rate = load_given(p.A.at(span.head), p.A.dtype),
+                     adt = load_given(p.adt.at(span.row, t + i, span.head), p.adt.dtype),
+                     logit = load_given(p.trap.at(span.row, t + i, span.head), p.trap.dtype);
+      float dt = value_of(dt_bits, p.dt.dtype);
+      if (p.dt_bias.given()) dt += value_of(bias, p.dt_bias.dtype);
       dt = transform_dt(p.dt_transform, dt);
-      gamma = dt;
-      if (p.trap.given()) {
-        const Trapezoid f =
-            trapezoid(p.mamba3.trap_sigmoid, load_at(p.trap, span.row, t + i, span.head));
-        gamma = __fmul_rn(f.now, dt), owed = __fmul_rn(f.then, dt);
+      float owed = 0.0f;
+      TokenTerms term;
+      term.gamma = dt;
+      if (trap) {
+        const Trapezoid f = trapezoid(p.mamba3.trap_sigmoid, value_of(logit, p.trap.dtype));
+        term.gamma = __fmul_rn(f.now, dt), owed = __fmul_rn(f.then, dt);
       }
-      a = p.adt.given() ? load_at(p.adt, span.row, t + i, span.head)
-                        : __fmul_rn(dt, load_at(p.A, span.head));
+      term.write = term.gamma;
+      const float a =
+          p.adt.given() ? value_of(adt, p.adt.dtype) : __fmul_rn(dt, value_of(rate, p.A.dtype));
+      term.decay = expf(a);
+      term.decay_less_1 = expm1f(a);
+      bad |= not_finite(term.decay) || not_finite(term.gamma) || not_finite(owed);
+      terms[i] = term;
+      shared[s.owed + i] = owed, shared[s.dt + i] = dt;
     }
-    const float next = __shfl_down_sync(~0u, owed, 1);
-    if (i >= tokens) return false;
-    TokenTerms terms;
-    terms.decay = expf(a);
-    terms.decay_less_1 = expm1f(a);
-    terms.slow = fabsf(a) < 0.69f;
-    // The span's last token leaves what the next one owes to be added when that comes.
-    terms.write = i + 1 < tokens ? gamma + next : gamma;
-    reinterpret_cast<TokenTerms *>(shared + s.terms)[i] = terms;
-    shared[s.gamma + i] = gamma, shared[s.owed + i] = owed, shared[s.dt + i] = dt;
-    return not_finite(terms.decay) || not_finite(terms.write) || not_finite(gamma) ||
-           not_finite(owed);
+    flags.terms_bad = __syncthreads_or(bad) != 0;
+    if (this_thread() == 0) found.nterms = count;
+    if (trap)
+      for (int i = this_thread(); i + 1 < count; i += blockDim.x)
+        terms[i].write = terms[i].gamma + shared[s.owed + i + 1];
   }
 
-  // Keys (with their bias), or queries; true if one is not finite.
-  __device__ __forceinline__ bool stage_projection(int to, const View<5> &from, bool quads,
-                                                   const View<3> &bias_view, int bias, int64_t t,
-                                                   int steps) const {
-    bool bad = false;
-    const bool biased = bias_view.given();
-    const auto at = [&](int step, int n) {
-      return from.at(span.row, t + token_of(step), rank_of(step), span.group, n);
-    };
-    if (quads) {
-      each_four(steps, int(p.dstate) / 4, s.log_states - 2, from.dtype, at,
-                [&](int step, int n, float4 v) {
-                  if (biased) {
-                    const float4 b = *reinterpret_cast<const float4 *>(
-                        shared + bias + rank_of(step) * s.padded + n);
-                    v.x += b.x, v.y += b.y, v.z += b.z, v.w += b.w;
-                  }
-                  bad |= not_finite(v.x) || not_finite(v.y) || not_finite(v.z) || not_finite(v.w);
-                  *reinterpret_cast<float4 *>(shared + to + step * s.padded + n) = v;
-                });
-    } else {
-      each_loaded(steps, int(p.dstate), s.log_states, from.dtype, at,
-                  [&](int step, int n, float v) {
-                    if (biased) v += shared[bias + rank_of(step) * s.padded + n];
-                    bad |= not_finite(v);
-                    shared[to + step * s.padded + n] = v;
-                  });
-    }
-    return bad;
+  // ---- Tensors on their way to shared memory
+
+  // Of a tensor's rank r, from token t on.
+  __device__ __forceinline__ Table part_of(const Source &from, int which, int64_t t, int r) const {
+    const bool keys = which <= kQueries, rows = which == kX || which == kZ;
+    const char *const first = from.data + span.row * from.batch + t * from.token + r * from.rank +
+                              (keys ? span.group : span.head) * from.inner +
+                              (rows ? span.first_row : 0) * from.column;
+    return {const_cast<char *>(first), from.token, from.column, from.dtype};
+  }
+  __device__ __forceinline__ int columns_of(int which) const {
+    return which <= kQueries ? s.dstate : which == kTurns ? s.nangles : rows();
   }
 
-  // f(token, i, value) of a tensor's rows, 0 where there are none.
-  template <class F>
-  __device__ __forceinline__ void stage_rows(const View<4> &from, bool quads, int64_t t, int tokens,
-                                             const F &f) const {
-    const int count = rows();
-    const auto at = [&](int token, int i) {
-      return from.at(span.row, t + token, span.head, span.first_row + i);
-    };
-    if (quads) {
-      each_four(tokens, count / 4, s.log_rows - 2, from.dtype, at, [&](int token, int i, float4 v) {
-        f(token, i, v.x), f(token, i + 1, v.y), f(token, i + 2, v.z), f(token, i + 3, v.w);
-      });
-    } else {
-      each_loaded(tokens, count, s.log_rows, from.dtype, at, f);
+  // Sends for the tokens of a span.
+  __device__ __forceinline__ void send_for(int64_t t) {
+    const int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
+    flags.sent = true;
+#pragma unroll 1
+    for (int which = 0; which < kSources; ++which) {
+      const Source &from = s.sources[which];
+      if (!from.ahead) continue;
+      const int ranks = which <= kQueries ? this->ranks() : 1, pitch = from.pitch,
+                log_each = from.dtype == DType::kF32 ? 2 : 3;
+      for (int r = 0; r < ranks; ++r) {
+        const Table table = part_of(from, which, t, r);
+        char *const to = reinterpret_cast<char *>(shared + from.at) + r * pitch;
+        each_cell(tokens, columns_of(which) >> log_each, from.log - log_each, [&](int row, int i) {
+          copy_ahead(to + row * ranks * pitch + i * 16, table.at(row) + i * 16);
+        });
+      }
     }
-    if (count < s.block_rows)
-      each_cell(tokens, s.block_rows - count, s.log_rows,
-                [&](int token, int i) { f(token, count + i, 0.0f); });
   }
 
-  __device__ __forceinline__ bool stage_values(int64_t t, int tokens) const {
-    bool bad = false;
-    const int ranks = this->ranks();
-    stage_rows(p.x, s.quads_x, t, tokens, [&](int token, int i, float x) {
-      bad |= not_finite(x);
-      for (int r = 0; r < ranks; ++r)
-        shared[s.U + (token * ranks + r) * s.block_rows + i] =
-            s.has_psi ? __fmul_rn(x, shared[s.psi + r * s.block_rows + i]) : x;
+  // put(row, column, values) of rank r: four neighbours that came ahead, or one where they did not.
+  template <class Put>
+  __device__ __forceinline__ void each_staged(int which, int64_t t, int tokens, int ranks, int r,
+                                              const Put &put) const {
+    const Source &from = s.sources[which];
+    const int columns = columns_of(which);
+    if (!from.ahead) return each_loaded(part_of(from, which, t, r), tokens, columns, from.log, put);
+    const char *const base = reinterpret_cast<const char *>(shared + from.at) + r * from.pitch;
+    const int pitch = ranks * from.pitch;
+    const DType dtype = from.dtype;
+    const int four = dtype == DType::kF32 ? 16 : 8;
+    each_cell(tokens, columns / 4, from.log - 2, [&](int row, int i) {
+      put(row, 4 * i, read_four(base + row * pitch + i * four, dtype));
     });
-    if (p.z.given())
-      stage_rows(p.z, s.quads_z, t, tokens,
-                 [&](int token, int i, float z) { shared[s.z + token * s.block_rows + i] = z; });
+  }
+
+  // Keys and queries with their biases.  Returns NaN if a key is not finite, else 0.
+  __device__ __forceinline__ float stage_keys(int64_t t, int tokens) const {
+    float bad = 0.0f;
+    const int ranks = this->ranks(), padded = s.padded;
+#pragma unroll 1
+    for (int which = kKeys; which <= kQueries; ++which) {
+      const bool keys = which == kKeys;
+      const bool biased = (keys ? p.mamba3.B_bias : p.mamba3.C_bias).given();
+      const float *const biases = shared + (keys ? s.B_bias : s.C_bias);
+      float *const to = shared + (keys ? s.K : s.Q);
+      float sum = 0.0f;
+      for (int r = 0; r < ranks; ++r) {
+        const float *const bias = biases + r * padded;
+        each_staged(which, t, tokens, ranks, r, [&](int token, int n, auto v) {
+          using Values = decltype(v);
+          constexpr int kCount = int(sizeof(v) / sizeof(float));
+          if (biased) {
+            const Values b = *reinterpret_cast<const Values *>(bias + n);
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
+          }
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+          *reinterpret_cast<Values *>(to + (token * ranks + r) * padded + n) = v;
+        });
+      }
+      if (keys) bad = sum;
+    }
     return bad;
+  }
+
+  // x times psi, and z; zeros in rows that there are not.  Returns NaN if an x is not finite.
+  __device__ __forceinline__ float stage_values(int64_t t, int tokens) const {
+    float bad = 0.0f;
+    const int block_rows = s.block_rows, count = rows();
+    // Of the last token, for the next span.
+    float *const kept = shared + s.v_before + (1 - flags.parity) * block_rows;
+    const float *const psi = shared + s.psi;
+#pragma unroll 1
+    for (int which = kX; which <= kZ; ++which) {
+      const bool x = which == kX, keeps = x && p.trap.given(), has_psi = x && s.has_psi;
+      const int ranks = x ? this->ranks() : 1;
+      float *const to = shared + (x ? s.U : s.zs);
+      float sum = 0.0f;
+      if (!x && !p.z.given()) continue;
+      const auto put = [&](int token, int i, auto v) {
+        using Values = decltype(v);
+        constexpr int kCount = int(sizeof(v) / sizeof(float));
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+        if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = v;
+        for (int r = 0; r < ranks; ++r) {
+          Values u = v;
+          if (has_psi) {
+            const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(v.v[e], by.v[e]);
+          }
+          *reinterpret_cast<Values *>(to + (token * ranks + r) * block_rows + i) = u;
+        }
+      };
+      each_staged(which, t, tokens, 1, 0, put);
+      if (count < block_rows)
+        each_cell(tokens, block_rows - count, s.log_rows,
+                  [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
+      if (x) bad = sum;
+    }
+    return bad;
+  }
+
+  __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
+    each_staged(kTurns, t, tokens, 1, 0, [&](int i, int j, auto v) {
+#pragma unroll
+      for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
+        shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
+    });
   }
 
   // theta in half turns is exact to its double; its sine and cosine are those of a float and of
   // what that leaves.
   __device__ __forceinline__ void turn_keys(int tokens, int steps) {
-    turned = true;
+    flags.turned = true;
     each_angle([&](int j) {
       double at = theta()[j];
       for (int i = 0; i < tokens; ++i) {
-        at += double(shared[s.sine + i * s.nangles + j]) * double(shared[s.dt + i]);
+        at += double(shared[s.sine + i * s.nangles + j]) * double(shared[s.dt + first_term + i]);
         const double reduced = within_two(at);
         const float high = float(reduced);
         shared[s.sine + i * s.nangles + j] = high;
@@ -462,7 +582,7 @@ struct SpanWork {
       theta()[j] = within_two(at);
     });
     __syncthreads();
-    for (int i = threadIdx.x; i < tokens * s.nangles; i += blockDim.x) {
+    for (int i = this_thread(); i < tokens * s.nangles; i += blockDim.x) {
       const float low = shared[s.cosine + i] * 3.14159265f;
       float sine, cosine;
       sincospif(shared[s.sine + i], &sine, &cosine);
@@ -471,7 +591,7 @@ struct SpanWork {
     }
     __syncthreads();
     const bool half = p.mamba3.rotary_half;
-    const int other = half ? int(p.dstate) / 2 : 1;
+    const int other = half ? s.dstate / 2 : 1;
     each_cell(steps, s.nangles, s.log_angles, [&](int step, int j) {
       const int at = token_of(step) * s.nangles + j;
       const float sine = shared[s.sine + at], cosine = shared[s.cosine + at];
@@ -486,104 +606,163 @@ struct SpanWork {
   // q^r . k^r' of each token.
   __device__ __forceinline__ void multiply_keys(int tokens) const {
     const int ranks = this->ranks(), square = ranks * ranks, warps = blockDim.x / 32;
-    for (int i = threadIdx.x / 32; i < tokens * square; i += warps) {
+    const int padded = s.padded, thread = this_thread(), lane = thread & 31;
+    const float *const queries = shared + s.Q + 4 * lane, *const keys = shared + s.K + 4 * lane;
+    float *const kq = shared + s.kq;
+#pragma unroll 1
+    for (int i = thread / 32; i < tokens * square; i += warps) {
       const int token = kSiso ? i : i / square, pair = kSiso ? 0 : i % square;
-      const float *const q =
-          shared + s.Q + (token * ranks + (kSiso ? 0 : pair / ranks)) * s.padded;
-      const float *const k =
-          shared + s.K + (token * ranks + (kSiso ? 0 : pair % ranks)) * s.padded;
+      const float *const q = queries + (token * ranks + (kSiso ? 0 : pair / ranks)) * padded;
+      const float *const k = keys + (token * ranks + (kSiso ? 0 : pair % ranks)) * padded;
       float sum = 0.0f;
-      for (int n = threadIdx.x % 32; n < p.dstate; n += 32) sum = fmaf(q[n], k[n], sum);
+#pragma unroll 1
+      for (int n = 0; n < padded - 4 * lane; n += 128) {
+        const float4 a = *reinterpret_cast<const float4 *>(q + n),
+                     b = *reinterpret_cast<const float4 *>(k + n);
+        sum = fmaf(a.x, b.x, sum), sum = fmaf(a.y, b.y, sum);
+        sum = fmaf(a.z, b.z, sum), sum = fmaf(a.w, b.w, sum);
+      }
+#pragma unroll
       for (int off = 16; off; off >>= 1) sum += __shfl_xor_sync(~0u, sum, off);
-      if (threadIdx.x % 32 == 0) shared[s.kq + i] = sum;
+      if (lane == 0) kq[i] = sum;
     }
   }
 
   // True if something that goes into the states is not finite.
-  __device__ __forceinline__ bool prepare(int64_t t, int tokens) {
-    const int steps = tokens * ranks();
+  __device__ __forceinline__ bool prepare(int tokens) {
+    const int64_t t = span.begin;
     __syncthreads();
-    bool bad = prepare_terms(t, tokens);
-    bad |= stage_projection(s.K, p.B, s.quads_B, p.mamba3.B_bias, s.B_bias, t, steps);
-    stage_projection(s.Q, p.C, s.quads_C, p.mamba3.C_bias, s.C_bias, t, steps);
-    bad |= stage_values(t, tokens);
-    if (p.angles.given())
-      each_loaded(
-          tokens, s.nangles, s.log_angles, p.angles.dtype,
-          [&](int i, int j) { return p.angles.at(span.row, t + i, span.head, j); },
-          [&](int i, int j, float v) { shared[s.sine + i * s.nangles + j] = tanhf(v); });
-    bad = __syncthreads_or(bad);
-    if (p.angles.given()) turn_keys(tokens, steps);
+    if (first_term + tokens > found.nterms) make_terms(t);
+    if (!flags.sent) send_for(t);
+    wait_for_copies();
+    __syncthreads();
+    const float keys = stage_keys(t, tokens), values = stage_values(t, tokens);
+    if (p.angles.given()) stage_angles(t, tokens);
+    const bool bad = __syncthreads_or(keys != 0.0f || values != 0.0f);
+    flags.sent = false;
+    if (t + tokens < span.end) send_for(t + tokens);
+    if (p.angles.given()) turn_keys(tokens, tokens * ranks());
     multiply_keys(tokens);
-    return bad;
+    return bad || flags.terms_bad;
   }
 
   // ---- After the walk
 
-  // y of a rank of a token, D included.
-  __device__ __forceinline__ float output(int token, int r, int i) const {
-    const int ranks = this->ranks(), step = token * ranks + r;
+  // Four rows from i on: y of a rank of a token, D included.
+  __device__ __forceinline__ void output(int token, int r, int i, float (&y)[4]) const {
+    const int ranks = this->ranks(), block_rows = s.block_rows, step = token * ranks + r;
+    const auto four = [&](int at) {
+      return *reinterpret_cast<const Pack<float, 4> *>(shared + at);
+    };
     const float *const kq = shared + s.kq + step * ranks;
-    float now = 0.0f;
-    for (int k = 0; k < ranks; ++k)
-      now = fmaf(kq[k], shared[s.U + (token * ranks + k) * s.block_rows + i], now);
-    const float before = __fmul_rn(reinterpret_cast<const TokenTerms *>(shared + s.terms)[token].decay,
-                                   shared[s.Y + step * s.block_rows + i]);
-    const float y = fmaf(shared[s.gamma + token], now, before);
-    return p.D.given() ? fmaf(shared[s.D + i], shared[s.U + step * s.block_rows + i], y) : y;
+    const TokenTerms term = terms()[token];
+    float now[4] = {};
+    for (int k = 0; k < ranks; ++k) {
+      const Pack<float, 4> u = four(s.U + (token * ranks + k) * block_rows + i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) now[e] = fmaf(kq[k], u.v[e], now[e]);
+    }
+    const Pack<float, 4> before = four(s.Y + step * block_rows + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = fmaf(term.gamma, now[e], __fmul_rn(term.decay, before.v[e]));
+    if (!p.D.given()) return;
+    const Pack<float, 4> D = four(s.D + i), u = four(s.U + step * block_rows + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) y[e] = fmaf(D.v[e], u.v[e], y[e]);
   }
 
   __device__ __forceinline__ void normalise(int tokens) const {
     const int steps = tokens * ranks();
-    each_cell(tokens, rows(), s.log_rows, [&](int token, int i) {
-      for (int r = 0; r < ranks(); ++r)
-        shared[s.Y + (token * ranks() + r) * s.block_rows + i] = output(token, r, i);
+    each_cell(tokens, s.block_rows / 4, s.log_rows - 2, [&](int token, int four) {
+      for (int r = 0; r < ranks(); ++r) {
+        Pack<float, 4> y;
+        output(token, r, 4 * four, y.v);
+        *reinterpret_cast<Pack<float, 4> *>(shared + s.Y + (token * ranks() + r) * s.block_rows +
+                                            4 * four) = y;
+      }
     });
     __syncthreads();
-    for (int step = threadIdx.x / 32; step < steps; step += blockDim.x / 32) {
+    for (int step = this_thread() / 32; step < steps; step += blockDim.x / 32) {
       const float scale =
-          norm_scale(shared + s.Y + step * s.block_rows, int(p.headdim), p.mamba3.norm_eps);
-      if (threadIdx.x % 32 == 0) shared[s.scales + step] = scale;
+          norm_scale(shared + s.Y + step * s.block_rows, s.headdim, p.mamba3.norm_eps);
+      if (this_thread() % 32 == 0) shared[s.scales + step] = scale;
     }
     __syncthreads();
   }
 
-  __device__ __forceinline__ void finish(int64_t t, int tokens) const {
+  __device__ __forceinline__ void finish(int tokens) const {
     const Mamba3 &m = p.mamba3;
-    const bool normed = m.norm_weight.given(), summed = m.mimo_out.given();
+    const bool normed = m.norm_weight.given(), summed = m.mimo_out.given(), gated = p.z.given(),
+               zeta = m.mimo_z.given(), quads = s.out_quads;
     if (normed) normalise(tokens);
-    each_cell(tokens, rows(), s.log_rows, [&](int token, int i) {
-      const int row = span.first_row + i;
-      float total = 0.0f;
-      for (int r = 0; r < ranks(); ++r) {
-        const int step = token * ranks() + r;
-        float o = normed ? shared[s.Y + step * s.block_rows + i] * shared[s.scales + step] *
-                               shared[s.norm + i]
-                         : output(token, r, i);
-        if (p.z.given()) {
-          const float z = shared[s.z + token * s.block_rows + i];
-          o *= silu(m.mimo_z.given() ? __fmul_rn(shared[s.zeta + r * s.block_rows + i], z) : z);
+    const Table out =
+        table_of(p.out, p.out.at(span.row, span.begin, 0, span.head, span.first_row), 1, 4);
+    const int64_t rank = p.out.stride[2] * (out.dtype == DType::kF32 ? 4 : 2);
+    const int count = rows(), ranks = this->ranks(), block_rows = s.block_rows;
+    const auto four = [&](int at) {
+      return *reinterpret_cast<const Pack<float, 4> *>(shared + at);
+    };
+    each_cell(tokens, (count + 3) / 4, s.log_rows - 2, [&](int token, int column) {
+      const int i = 4 * column;
+      char *const to = out.at(token, i);
+      const auto put = [&](char *first, const float (&v)[4]) {
+        if (quads) return store_four(first, out.dtype, v);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (i + e < count) store(first + e * out.column, out.dtype, v[e]);
+      };
+      float total[4];
+      for (int r = 0; r < ranks; ++r) {
+        const int step = token * ranks + r;
+        float o[4];
+        if (normed) {
+          const Pack<float, 4> y = four(s.Y + step * block_rows + i), by = four(s.norm + i);
+          const float scale = shared[s.scales + step];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[e] = y.v[e] * scale * by.v[e];
+        } else {
+          output(token, r, i, o);
+        }
+        if (gated) {
+          Pack<float, 4> z = four(s.zs + token * block_rows + i);
+          if (zeta) {
+            const Pack<float, 4> by = four(s.zeta + r * block_rows + i);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) z.v[e] = __fmul_rn(by.v[e], z.v[e]);
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[e] *= silu(z.v[e]);
         }
         if (summed) {
-          const float part = __fmul_rn(shared[s.phi + r * s.block_rows + i], o);
-          total = r ? total + part : part;
+          const Pack<float, 4> phi = four(s.phi + r * block_rows + i);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float part = __fmul_rn(phi.v[e], o[e]);
+            total[e] = r ? total[e] + part : part;
+          }
         } else {
-          store_at(p.out, o, span.row, t + token, r, span.head, row);
+          put(to + r * rank, o);
         }
       }
-      if (summed) store_at(p.out, total, span.row, t + token, 0, span.head, row);
+      if (summed) put(to, total);
     });
   }
 
+  // Pads that come next.
+  __device__ __forceinline__ void skip(int tokens) {
+    first_term = first_term < kTermTokens ? first_term + tokens : kTermTokens;
+    wait_for_copies();
+    flags.sent = false;
+  }
+
   // For the next span, and for the states.
-  __device__ __forceinline__ void keep_last(int64_t t, int tokens) {
+  __device__ __forceinline__ void keep_last(int tokens) {
+    first_term += tokens;
     if (!p.trap.given()) return;
     const int first = (tokens - 1) * ranks();
     each_key([&](float &k, int r, int n) { k = shared[s.K + (first + r) * s.padded + n]; });
-    each_value([&](float &v, int i) {
-      v = i < rows() ? load_at(p.x, span.row, t + tokens - 1, span.head, span.first_row + i) : 0.0f;
-    });
-    has_before = true;
+    flags.parity ^= 1;
+    flags.has_before = true;
   }
 };
 

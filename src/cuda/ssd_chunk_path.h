@@ -16,6 +16,8 @@ struct SsdPath {
   uint64_t (*workspace)(const SsdChunkProblem &);
 };
 
+// Mamba-2 on 9.0, through warpgroup products and the copy engine.
+extern const SsdPath kSsdWgmma;
 // 16-bit inputs on tensor cores.
 extern const SsdPath kSsdMma;
 // Takes every call.

@@ -52,8 +52,9 @@ ssmk_status run_channels(ChannelsProblem p, const StateUpdateProblem &q, const C
   if (error != cudaSuccess) return device_error(call, "asking about", error);
   const int64_t one = q.batch * q.nheads * One::blocks_of_a_row(p, q);
   const int64_t most = kChannelsStage / (q.ntokens * p.padded * 8);
-  if (one <= sms / 2 || most < 2) {
-    p.deep = one <= sms / 2;
+  const bool smallest = one <= (q.ntokens > 1 ? 2 * sms : sms);
+  if (smallest || most < 2) {
+    p.deep = smallest;
     return One::run(p, q, call);
   }
   const int64_t blocks = q.batch * q.nheads * Walk::blocks_of_a_row(p, q);

@@ -4,7 +4,9 @@
 Each contender's calls stand in a CUDA graph, on one of several sets of buffers after the other that
 together are larger than L2; graphs are replayed in turns, timed by events, and medians compared.
 The limit of a case is the time of an in-place read-modify-write of as many bytes as it must read
-and write, or, where it mostly writes elsewhere, of a copy: measured in the same turns.
+and write, or, where it mostly writes elsewhere, of a copy: measured in the same turns.  Where the
+floating-point operations that a case names need longer at the rate of a large bf16 product, that
+time is the limit.
 
 What is measured is in `cuda_cases`.  A module there has `cases(context)`, which yields Cases.
 """
@@ -25,7 +27,10 @@ from .method import Skip, Wrong
 
 CACHES = 3  # buffers are this many times L2
 NODES = (20, 400)  # of a graph: at least, at most
-MODULES = ("causal_conv1d", "state_update")
+MODULES = ("causal_conv1d", "ssd_chunk", "state_update")
+PRODUCT = 8192  # rows and columns of the bf16 product that the tensor cores' rate is taken from
+LAUNCHES = 5  # turns without a graph
+COPIES = (300, 1000)  # MB of the copies that are measured with it
 
 
 @dataclass
@@ -34,7 +39,8 @@ class Contender:
 
     name: str
     run: Callable
-    check: Callable = None  # () -> error relative to the reference; at most `tolerance`
+    check: Callable = None  # () -> error relative to the reference, or {tensor: {"max": that,
+    # "rms": ..}}; at most `tolerance`
     tolerance: float = 0.0
 
 
@@ -46,6 +52,9 @@ class Case:
     ssmk: Contender
     peers: list = field(default_factory=list)  # Contenders, or (name, why it is not here)
     limit: str = "update"  # or "copy"
+    flops: float = 0.0  # that the tensor cores must do, in units of bf16's
+    nodes: int = NODES[0]  # that a graph has at least
+    launched: bool = False  # measured without a graph, too: a call after the other from Python
 
 
 class Ceilings:
@@ -103,6 +112,26 @@ class Context:
         self.l2 = torch.cuda.get_device_properties(device).L2_cache_size
         self.ceilings = Ceilings(torch, device)
         self.generator = torch.Generator(device).manual_seed(0)
+        self.known_rates = None
+
+    def rates(self):
+        """Of the machine, measured once: TB/s of copies by MB, TFLOP/s of a bf16 product."""
+        if self.known_rates is None:
+            a, b = (self.normal(PRODUCT, PRODUCT, dtype=self.torch.bfloat16) for _ in range(2))
+            into = self.torch.empty_like(a)
+            # A graph keeps no buffers alive.
+            product = Contender("product", lambda i: self.torch.mm(a, b, out=into))
+            runs = {"product": (product, 1, 5)}
+            for size in COPIES:
+                sets = self.sets_for(size * 10**6)
+                copy = self.ceilings.contender("copy", size * 10**6, sets)
+                runs[size] = copy, sets, NODES[0]
+            times = timed(self, {name: graph_of(self, *run) for name, run in runs.items()})
+            self.known_rates = {
+                "copy_TB/s": {f"{size} MB": round(size / times[size], 3) for size in COPIES},
+                "bf16_product_TFLOP/s": round(2e-6 * PRODUCT**3 / times["product"], 1),
+            }
+        return self.known_rates
 
     def sets_for(self, nbytes):
         return max(2, min(NODES[1], -(-CACHES * self.l2 // max(nbytes, 1))))
@@ -116,10 +145,10 @@ class Context:
         return float((got.double() - want).abs().max() / want.abs().max())
 
 
-def graph_of(context, contender, sets):
+def graph_of(context, contender, sets, least):
     """(graph, how many calls it holds)."""
     torch = context.torch
-    nodes = max(NODES[0], sets)
+    nodes = max(least, sets)
     nodes -= nodes % sets if nodes > sets else 0
     stream = torch.cuda.Stream(context.device)
     with torch.cuda.stream(stream):
@@ -133,27 +162,9 @@ def graph_of(context, contender, sets):
     return graph, nodes
 
 
-def measure(context, case):
-    """{contender: microseconds a call}, medians over the turns; peers that fail as their error."""
+def timed(context, graphs):
+    """{name: microseconds a call} of {name: (graph, calls)}, medians over the turns."""
     torch = context.torch
-    limits = [context.ceilings.contender(case.limit, case.bytes, case.sets)]
-    contenders, results, graphs = [case.ssmk, *limits], {}, {}
-    for peer in case.peers:
-        if isinstance(peer, tuple):
-            results[peer[0]] = peer[1]
-        else:
-            contenders.append(peer)
-    for c in contenders:
-        try:
-            if c.check:
-                error = c.check()
-                if not error <= c.tolerance:
-                    raise Wrong(f"its error is {error:.2g}, more than {c.tolerance:.2g}")
-            graphs[c.name] = graph_of(context, c, case.sets)
-        except Exception as e:
-            if c in (case.ssmk, *limits):
-                raise
-            results[c.name] = " ".join(str(e).split())[:120] or type(e).__name__
     times = {name: [] for name in graphs}
     for turn in range(context.turns + 2):
         for name, (graph, nodes) in graphs.items():
@@ -165,22 +176,93 @@ def measure(context, case):
             end.synchronize()
             if turn > 1:
                 times[name].append(start.elapsed_time(end) * 1000 / nodes)
-    for name, values in times.items():
-        results[name] = statistics.median(values)
-    return results
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed_launches(context, contenders, sets, count):
+    """{name: microseconds a call} of calls from Python: what is slower, these or the GPU."""
+    torch = context.torch
+    times = {c.name: [] for c in contenders}
+    for turn in range(LAUNCHES + 1):
+        for c in contenders:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for node in range(count):
+                c.run(node % sets)
+            end.record()
+            end.synchronize()
+            if turn:
+                times[c.name].append(start.elapsed_time(end) * 1000 / count)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def largest(error):
+    if not isinstance(error, dict):
+        return error
+    worst = [found["max"] for found in error.values()]
+    return next((value for value in worst if value != value), max(worst))  # NaN before all
+
+
+def measure(context, case):
+    """({contender: microseconds a call}, {contender: error}, {contender: microseconds without a
+    graph}); what fails has its error as time."""
+    limits = [context.ceilings.contender(case.limit, case.bytes, case.sets)]
+    contenders, results, errors, graphs = [case.ssmk, *limits], {}, {}, {}
+    for peer in case.peers:
+        if isinstance(peer, tuple):
+            results[peer[0]] = peer[1]
+        else:
+            contenders.append(peer)
+    for c in contenders:
+        try:
+            if c.check:
+                errors[c.name] = error = c.check()
+                if not largest(error) <= c.tolerance:
+                    raise Wrong(f"its error is {largest(error):.2g}, more than {c.tolerance:.2g}")
+            graphs[c.name] = graph_of(context, c, case.sets, case.nodes)
+        except Exception as e:
+            refused = c is case.ssmk and isinstance(e, NotImplementedError) and case.peers
+            if c in (case.ssmk, *limits) and not refused:
+                raise
+            results[c.name] = " ".join(str(e).split())[:120] or type(e).__name__
+    results.update(timed(context, graphs))
+    launched = {}
+    if case.launched:
+        measured = [c for c in contenders if c.name in graphs and c not in limits]
+        launched = timed_launches(context, measured, case.sets, max(case.nodes, case.sets))
+    return results, errors, launched
 
 
 # Reporting
 
 
-def row_of(case, results):
-    mine, limit = results[case.ssmk.name], results[case.limit]
+def row_of(context, case, results, errors, launched):
+    """ssmk_us is None where the library refuses the case, and ssmk_refused says why."""
+    mine, memory = results[case.ssmk.name], results[case.limit]
     names = [peer[0] if isinstance(peer, tuple) else peer.name for peer in case.peers]
     peers = {name: results[name] for name in names}
-    return {
-        "case": case.name, "bytes": case.bytes, "limit": case.limit, "limit_us": limit,
-        "ssmk_us": mine, "ssmk_over_limit": mine / limit, "peers": peers,
-    }
+    row = {"case": case.name, "bytes": case.bytes, "limit": case.limit, "limit_us": memory}
+    if case.flops:
+        tensor = case.flops / context.rates()["bf16_product_TFLOP/s"] * 1e-6
+        row.update(flops=case.flops, memory_us=memory, tensor_us=tensor,
+                   limit="tensor" if tensor > memory else case.limit, limit_us=max(tensor, memory))
+    refused = isinstance(mine, str)
+    row.update(ssmk_us=None if refused else mine,
+               ssmk_over_limit=None if refused else mine / row["limit_us"], peers=peers)
+    if refused:
+        row["ssmk_refused"] = mine
+    if any(isinstance(error, dict) for error in errors.values()):
+        row["errors"] = errors
+    if launched:
+        row["launched_us"] = launched
+    return row
+
+
+def against(row, time):
+    """How long a peer took: as often as ssmk, or where that has no time, as the limit."""
+    by = row["ssmk_us"] or row["limit_us"]
+    return f"{time / by:.2f}x" + ("" if row["ssmk_us"] else " the limit")
 
 
 def show(rows, file=sys.stdout):
@@ -188,15 +270,17 @@ def show(rows, file=sys.stdout):
     head = f"{'case':{width}}  {'limit us':>9}  {'ssmk us':>9}  over limit  peers over ssmk"
     print(head, file=file)
     for row in rows:
-        peers = []
-        for name, value in row["peers"].items():
-            number = not isinstance(value, str)
-            peers.append(f"{name} {value / row['ssmk_us']:.2f}x" if number else f"{name}: {value}")
-        print(
-            f"{row['case']:{width}}  {row['limit_us']:9.2f}  {row['ssmk_us']:9.2f}  "
-            f"{row['ssmk_over_limit']:10.3f}  {', '.join(peers)}",
-            file=file,
-        )
+        peers = [
+            f"{name}: {value}" if isinstance(value, str) else f"{name} {against(row, value)}"
+            for name, value in row["peers"].items()
+        ]
+        if row["ssmk_us"] is None:
+            mine = f"{'-':>9}  {'-':>10}"
+            peers.append(f"ssmk: {row['ssmk_refused']}")
+        else:
+            mine = f"{row['ssmk_us']:9.2f}  {row['ssmk_over_limit']:10.3f}"
+        print(f"{row['case']:{width}}  {row['limit_us']:9.2f}  {mine}  {', '.join(peers)}",
+              file=file)
 
 
 def peer_versions(folder):
@@ -237,8 +321,8 @@ def main(arguments=None):
     rows, skipped = [], []
     for case in cases(context, options.only):
         try:
-            rows.append(row_of(case, measure(context, case)))
-            print(f"  {case.name}: {rows[-1]['ssmk_over_limit']:.3f}", file=sys.stderr)
+            rows.append(row_of(context, case, *measure(context, case)))
+            print(f"  {case.name}: {rows[-1]['ssmk_over_limit'] or '-'}", file=sys.stderr)
         except (Skip, NotImplementedError) as e:
             skipped.append({"case": case.name, "why": str(e)})
         torch.cuda.empty_cache()
@@ -246,7 +330,8 @@ def main(arguments=None):
             machine = {"device": torch.cuda.get_device_name(device), "l2": context.l2,
                        "torch": torch.__version__, "ssmk": ssmk.__version__,
                        "peers": peer_versions(options.peers), "date": time.strftime("%Y-%m-%d"),
-                       "command": "python -m ssmk.bench.cuda"}
+                       "command": "python -m ssmk.bench.cuda",
+                       **({"rates": context.known_rates} if context.known_rates else {})}
             options.json.write_text(
                 json.dumps({"machine": machine, "rows": rows, "skipped": skipped}, indent=1) + "\n")
     if rows:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Other people's kernels on the GPU, from the folder that `tools/gpu --pack` fills.
 
-    mamba-ssm       its Triton selective_state_update, out of the sdist (the package itself wants
+    mamba-ssm       its Triton and TileLang kernels, out of the sdist (the package itself wants
                     compiled extensions)
     FlashInfer      its selective_state_update, compiled from the wheel's sources with nvcc
     causal-conv1d   its update, compiled from the sdist through PyTorch
@@ -11,8 +11,9 @@ Nothing is looked for on the network: what is not in the folder, or cannot be bu
 
 import ctypes
 import functools
-import importlib.util
+import importlib
 import os
+import re
 import subprocess
 import sys
 import types
@@ -29,17 +30,6 @@ def folder(peers, name):
     if not found:
         raise Missing("not packed (tools/gpu --pack)")
     return found[-1].resolve()
-
-
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as e:
-        raise Missing(f"needs {e.name}") from e
-    return module
 
 
 def remembered(function):
@@ -62,16 +52,28 @@ def remembered(function):
     return call
 
 
+def stub_of_driver(work):
+    """A library by the name of the driver's, to link with where there is no driver."""
+    subprocess.run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null",
+                    "-o", str(work / "libcuda.so")], check=True)
+
+
 @remembered
+def mamba_ssm_module(peers, name):
+    """A module of mamba-ssm's by its name inside the package, whose own __init__ is not run."""
+    source = folder(peers, "mamba_ssm-") / "mamba_ssm"
+    package = sys.modules.setdefault("mamba_ssm", types.ModuleType("mamba_ssm"))
+    package.__path__ = [str(source)]
+    try:
+        return importlib.import_module(f"mamba_ssm.{name}")
+    except ImportError as e:
+        raise Missing(f"needs {e.name}") from e
+
+
 def mamba_ssm_state_update(peers):
     """selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus,
     state_batch_indices)."""
-    triton = folder(peers, "mamba_ssm-") / "mamba_ssm/ops/triton"
-    for package in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
-        sys.modules.setdefault(package, types.ModuleType(package))
-    load("mamba_ssm.ops.triton.softplus", triton / "softplus.py")
-    name = "selective_state_update"
-    return getattr(load(f"mamba_ssm.ops.triton.{name}", triton / f"{name}.py"), name)
+    return mamba_ssm_module(peers, "ops.triton.selective_state_update").selective_state_update
 
 
 @remembered
@@ -130,9 +132,7 @@ def flashinfer_command(source, work, target="90a"):
              "flashinfer_mamba_binding.cu")
     for name in names:  # they include the configuration from where they stand
         (work / name).write_text((data / "csrc" / name).read_text())
-    # The driver's library is named, which a machine without a GPU lacks.
-    subprocess.run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null",
-                    "-o", str(work / "libcuda.so")], check=True)
+    stub_of_driver(work)
     includes = [data / "include", data / "csrc", data / "cutlass/include",
                 *tvm_ffi.libinfo.include_paths()]
     return ["nvcc", "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "--threads=4",
@@ -193,7 +193,111 @@ def flashinfer_state_update(peers, algorithm, state, x, dt, A, B, C, D, index, t
     return run
 
 
-if __name__ == "__main__":  # cuda_peers.py DIR: compiles what tools/gpu --pack can compile before
-    for state in ("bfloat16", "float32"):
-        flashinfer_module(
-            Path(sys.argv[1]), state, "bfloat16", "float32", "float32", "int32", 64, 128, 1)
+# mamba-ssm's Mamba-3 MIMO kernel: TileLang writes CUDA for it, which needs neither TileLang nor
+# Python any more once it is compiled
+
+
+MIMO_PARTS = ("mamba3_mimo_fwd", "mamba3_mimo_fwd_varlen", "mamba3_mimo_bwd",
+              "mamba3_mimo_bwd_varlen")
+
+
+def compile_mimo(peers, work, dstate, headdim, rank, target="90a"):
+    """work/module.so, with init() and call(tensors, sizes, stream), and its source beside it."""
+    import tilelang
+    from tilelang import tvm
+    from tilelang.jit.adapter.wrapper import TLWrapper
+
+    kernel = mamba_ssm_module(peers, f"ops.tilelang.mamba3.{MIMO_PARTS[0]}").mamba_mimo_fwd
+    sizes = [tilelang.language.dynamic(name) for name in "BSHG"]
+    function = kernel.get_tir(
+        *sizes, dstate, headdim, rank, True, True, True, return_final_state=True,
+        chunk_size=64 // rank, rotary_dim_divisor=4, dtype="bfloat16")
+    goal = tvm.target.Target({"kind": "cuda", "arch": f"sm_{target}"})
+    with tvm.transform.PassContext(opt_level=3, config=kernel.pass_configs), goal:
+        lowered = tilelang.lower(function, target=goal)
+    wrapper = TLWrapper(goal)
+    wrapper.assign_optimized_module(tvm.IRModule({function.attrs["global_symbol"]: function}))
+    wrapper.assign_pass_configs(kernel.pass_configs)
+    wrapper.assign_host_module(lowered.host_mod)
+    wrapper.assign_device_module(lowered.device_mod)
+    (work / "module.cu").write_text(wrapper.wrap(lowered.kernel_source))
+    stub_of_driver(work)
+    home = Path(tilelang.__file__).parent
+    done = subprocess.run(
+        ["nvcc", "-std=c++20", "-w", "-shared", "-Xcompiler=-fPIC", "--use_fast_math",
+         f"-gencode=arch=compute_{target},code=sm_{target}",
+         f"-I{home / '3rdparty/cutlass/include'}", f"-I{home / 'src'}", str(work / "module.cu"),
+         "-o", str(work / "module.so"), f"-L{work}", "-lcuda"], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["nvcc failed"]
+        raise Missing(f"did not compile: {next((x for x in lines if 'error' in x), lines[-1])}")
+
+
+def mimo_work(peers, dstate, headdim, rank):
+    """The folder with the compiled kernel."""
+    work = folder(peers, "mamba_ssm-") / "built" / f"mimo_{dstate}_{headdim}_{rank}"
+    if not (work / "module.so").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            compile_mimo(peers, work, dstate, headdim, rank)
+        except ImportError as e:
+            raise Missing(f"TileLang's kernel is not compiled, which needs {e.name}") from e
+    return work
+
+
+@remembered
+def mimo_library(peers, dstate, headdim, rank):
+    """(its library, the names of the sizes behind its tensors)."""
+    work = mimo_work(peers, dstate, headdim, rank)
+    ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(work / "module.so"))
+    library.get_last_error.restype = ctypes.c_char_p
+    if library.init():
+        raise Missing(f"does not start: {library.get_last_error().decode()}")
+    head = re.search(r"int call\((.*?)\)", (work / "module.cu").read_text(), re.S).group(1)
+    return library, re.findall(r"\bint (\w+)", head)
+
+
+def mamba_ssm_mimo(peers, dstate, headdim, rank):
+    """mamba3_mimo(Q, K, V, ADT, DT, Trap, ...) as the package has it, with bfloat16 inputs, all of
+    its options in use, and the kernel from mimo_library."""
+    import torch
+
+    library, sizes = mimo_library(peers, dstate, headdim, rank)
+
+    def forward(q, k, v, q_bias, k_bias, mimo_v, mimo_o, z, D, mimo_z, angles, dA_cs, dA_cs_rev, dt,
+                trap, segsum, chunk_size, rotary_dim_divisor, dtype, return_state):
+        batch, seqlen, _, groups, _ = q.shape
+        nheads = v.shape[2]
+        out = torch.empty_like(v)
+        h = v.new_empty(batch, nheads, dstate, headdim, dtype=torch.float32)
+        last_k = v.new_empty(batch, rank, nheads, dstate)
+        tensors = (q, k, v, out, q_bias, k_bias, mimo_v, mimo_o, z, D, mimo_z, angles, dA_cs,
+                   dA_cs_rev, dt, trap, segsum, h, last_k)
+        known = dict(B=batch, S=seqlen, H=nheads, G=groups)
+        failed = library.call(
+            *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *(known[name] for name in sizes),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+        if failed:
+            raise RuntimeError(library.get_last_error().decode())
+        return out, h, last_k
+
+    # What the package's own host code imports beside the kernel, TileLang's absence unnoticed.
+    for part in MIMO_PARTS:
+        name = f"mamba_ssm.ops.tilelang.mamba3.{part}"
+        sys.modules[name] = stub = types.ModuleType(name)
+        work = part[len("mamba3_mimo_"):]
+        wanted = {"fwd": "forward", "fwd_varlen": "forward_varlen", "bwd": "bwd_combined",
+                  "bwd_varlen": "bwd_combined_varlen"}[work]
+        setattr(stub, f"mamba_mimo_{wanted}", forward if work == "fwd" else None)
+    return mamba_ssm_module(peers, "ops.tilelang.mamba3.mamba3_mimo").mamba3_mimo
+
+
+if __name__ == "__main__":  # cuda_peers.py DIR WHAT: what tools/gpu --pack can compile before
+    folder_of_peers, what = Path(sys.argv[1]), sys.argv[2]
+    if what == "flashinfer":
+        for state in ("bfloat16", "float32"):
+            flashinfer_module(
+                folder_of_peers, state, "bfloat16", "float32", "float32", "int32", 64, 128, 1)
+    else:
+        mimo_work(folder_of_peers, 128, 64, 4)

@@ -3,7 +3,7 @@
 
 The plot has time over limit against batch, for ssmk and each peer, a panel for each layer and dtype
 of the state that was measured at several batches.  A peer with several algorithms, which share the
-first word of their names, counts with its best one.
+first word of their names, counts with its best one.  Prefill has tables and a plot of its own.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from . import report
+from . import plot_prefill, report
 
 COLUMNS = 4  # of panels
 MARKS = {"ssmk": "o", "mamba-ssm": "s", "FlashInfer": "^", "causal-conv1d": "D"}
@@ -30,15 +30,8 @@ class Row:
 
 
 def peers_of(row):
-    """{peer: its best time, or why there is none}; "its best" stands behind those with a choice."""
-    found = {}
-    for name, value in row["peers"].items():
-        found.setdefault(name.split()[0], {})[name] = value
-    best = {}
-    for peer, values in found.items():
-        times = [v for v in values.values() if not isinstance(v, str)]
-        best[peer] = min(times) if times else next(iter(values.values()))
-    return best
+    """{peer: its best time, or why there is none}."""
+    return {peer: value for peer, (_, value) in plot_prefill.best_of(row["peers"]).items()}
 
 
 def read(run):
@@ -81,11 +74,15 @@ def remarks(rows, peers):
         yield f"{peer}: {reason}{where}."
 
 
-def markdown(run):
+def heading(run):
     machine = run["machine"]
     facts = [machine["device"], f"ssmk {machine['ssmk']}", f"PyTorch {machine['torch']}"]
     facts += [machine[key] for key in ("peers", "date") if machine.get(key)]
-    lines = [f"{', '.join(facts)}: `{machine['command']}`", ""]
+    return f"{', '.join(facts)}: `{machine['command']}`\n\n"
+
+
+def markdown(run):
+    lines = []
     for family, rows in grouped(read(run), lambda row: row.family).items():
         peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
         shown = [p for p in peers if any(not isinstance(r.peers.get(p, ""), str) for r in rows)]
@@ -175,6 +172,41 @@ def plot(run, path):
         pyplot.close(figure)
 
 
+# Prefill or not, how it is written, its marks in a page
+PARTS = (
+    (False, markdown, (report.BEGIN, report.END)),
+    (True, plot_prefill.markdown, (plot_prefill.BEGIN, plot_prefill.END)),
+)
+
+
+def part_of(run, prefill):
+    return {**run, **{key: [entry for entry in run[key]
+                            if plot_prefill.is_prefill(entry) == prefill]
+                      for key in ("rows", "skipped")}}
+
+
+def write(run, path):
+    """Each part that there is between its marks, where the page has any; else they are the page."""
+    texts = []
+    for prefill, written, marks in PARTS:
+        part = part_of(run, prefill)
+        if part["rows"] or part["skipped"]:
+            texts.append((heading(part) + written(part), marks))
+    try:
+        with open(path, encoding="utf-8") as file:
+            page = file.read()
+    except FileNotFoundError:
+        page = ""
+    if not any(mark in page for *_, marks in PARTS for mark in marks):
+        report.write_text("\n".join(text for text, _ in texts), path)
+        return
+    for _, marks in texts:
+        if not all(mark in page for mark in marks):
+            raise report.Missing(f"{path} has no place for a part of the run: {marks[0]}")
+    for text, marks in texts:
+        report.write_text(text, path, marks)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m ssmk.bench.plot_cuda", description=__doc__.split("\n")[0]
@@ -183,18 +215,21 @@ def main(arguments=None):
                         help="what ssmk.bench.cuda --json wrote; several are taken as one")
     parser.add_argument("--markdown", metavar="FILE", default="-",
                         help="between its marks, if it has them; - is standard output")
-    parser.add_argument("--plot", metavar="FILE", help=".svg, .png or .pdf")
+    parser.add_argument("--plot", metavar="FILE", help="of decode: .svg, .png or .pdf")
+    parser.add_argument("--prefill-plot", metavar="FILE", help="the same of prefill")
     options = parser.parse_args(arguments)
     try:
         runs = []
         for path in options.run:
             with open(path, encoding="utf-8") as file:
                 runs.append(json.load(file))
-        run = {**runs[0], **{key: [entry for r in runs for entry in r[key]]
-                             for key in ("rows", "skipped")}}
+        run = {key: [entry for r in runs for entry in r[key]] for key in ("rows", "skipped")}
+        run["machine"] = {k: v for r in reversed(runs) for k, v in r["machine"].items()}
         if options.plot:
-            plot(run, options.plot)
-        report.write_text(markdown(run), options.markdown)
+            plot(part_of(run, False), options.plot)
+        if options.prefill_plot:
+            plot_prefill.plot(part_of(run, True), options.prefill_plot)
+        write(run, options.markdown)
     except (report.Missing, OSError) as error:
         print(f"plot_cuda: {error}", file=sys.stderr)
         return 1

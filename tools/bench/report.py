@@ -215,17 +215,18 @@ def write_markdown(run, path):
     write_text(markdown(run), path)
 
 
-def write_text(text, path):
+def write_text(text, path, marks=(BEGIN, END)):
     """To a file, or between its marks if it has them, or to standard output."""
+    begin, end = marks
     if path == "-":
         sys.stdout.write(text)
         return
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             old = file.read()
-        if BEGIN in old and END in old:
-            head, tail = old.split(BEGIN, 1)[0], old.split(END, 1)[1]
-            text = f"{head}{BEGIN}\n{text}{END}{tail}"
+        if begin in old and end in old:
+            head, tail = old.split(begin, 1)[0], old.split(end, 1)[1]
+            text = f"{head}{begin}\n{text}{end}{tail}"
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 

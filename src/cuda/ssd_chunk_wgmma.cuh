@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT
+// Mamba-2 prefill on Hopper's tensor cores, in one pass (Dao and Gu 2024, section 6).
+//
+// A block owns up to kHeads heads of one group (or 64-wide slices of heads, where headdim is
+// larger) and walks the tokens of a sequence in chunks of 64.  One warpgroup brings the chunks to
+// shared memory and prepares what is per token (ssd_chunk_wgmma_tiles.cuh); each of the others
+// holds the state h of one head in registers, in float32 (ssd_chunk_wgmma_head.cuh), and does per
+// chunk, with cs the sums of the log decay from the chunk's start,
+//
+//     S     = C B^T                                        (token i x token j)
+//     M_ij  = S_ij exp(cs_i - cs_j) dt'_j  for j <= i      rounded to the inputs' type
+//     y^T   = h C^T exp(cs_i) + x^T M^T                    h rounded for the product only
+//     h     = exp(cs_last) h + (x_j exp(cs_last - cs_j) dt'_j)^T B
+//
+// The accumulators of a warpgroup's products are, as pairs of 16-bit values, the fragments of the
+// first factor of the next: h and x^T never go through shared memory, M does once.
+//
+// The work is cut in one of two ways.  Where there are heads enough for all multiprocessors
+// ("stream"), every block gets the same number of chunks of the list of all heads' chunks: the end
+// of one head's, whole ones, the beginning of another's.  A beginning is walked first, and its
+// state handed to the block that has the end, which walks that last; states are handed on as they
+// are, so the cut changes no bit of the results.  Where there are few, sequences are cut into
+// segments: a first launch finds the state that each segment adds and its decay, a second joins
+// these to the states between segments, a third walks all segments at once.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/slots.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace ssmk::cuda {
+
+constexpr int kChunk = 64;  // tokens
+constexpr int kSlice = 64;  // rows of a state
+constexpr int kTile = kChunk * kTileRowBytes;
+
+// How the host has cut the work.  A part is one slice of one head; a track is the parts of a block,
+// of one sequence.
+struct FusedPlan {
+  int parts_per_group = 1, slices = 1, blocks_per_group = 1;
+  int stages = 2;
+  int tracks = 1;    // of all sequences
+  int segments = 1;  // of a track, of `segment` tokens each; a launch without outputs has no need
+  int walked = 1;    // of the last, and walks so many
+  int segment = 0;
+  int chunks = 0;             // stream: chunks of a track; else 0
+  float *states = nullptr;    // handed on, (any, parts, kSlice * dstate), as threads hold them
+  float *decays = nullptr;    // log2, (any, parts): of segments
+  uint32_t *flags = nullptr;  // stream: (blocks, kHeads): 1 where a state is there
+};
+
+// What a block does in one go: tokens of one track.
+struct Piece {
+  int row = 0, s = 0, group = 0;
+  int first = 0, parts = 0;  // parts first .. first + parts of the group
+  int begin = 0, end = 0;    // tokens of the row
+  int from = -1, to = -1;    // states handed on: where this begins, where it ends; or -1
+  int kept = -1;             // and a copy of the sequence's initial state, which may be overwritten
+  bool starts = false, ends = false;  // with the sequence
+  bool waits = false;                 // for `from` to be there
+  bool pad = false;
+};
+
+// Where a packed sequence begins; held within the tokens that there are.
+__device__ __forceinline__ int bound_of(const SsdChunkProblem &p, int s) {
+  const int64_t at = read_index(p.seqs.cu_seqlens, s);
+  return int(min(max(at, int64_t(0)), p.seqlen));
+}
+
+// Pieces of this block, in turn: calls use(piece) for each.
+template <int kHeads, class Use>
+__device__ __forceinline__ void each_piece(const SsdChunkProblem &p, const FusedPlan &plan,
+                                           Use &&use) {
+  const Sequences &seqs = p.seqs;
+  const bool packed = seqs.cu_seqlens.given();
+  const int i = block_number();
+  int low = 0, high = 0;  // stream: of the chunks of all tracks
+  int track, segment = 0;
+  if (plan.chunks) {
+    const int all = plan.tracks * plan.chunks, blocks = int(gridDim.x);
+    const int share = all / blocks, more = all % blocks;  // the first blocks have one more
+    low = i * share + min(i, more);
+    high = low + share + (i < more);
+    if (low == high) return;
+    track = (high - 1) / plan.chunks;
+  } else {
+    track = i % plan.tracks;
+    segment = i / plan.tracks;
+  }
+#pragma unroll 1
+  for (;; --track) {
+    Piece w;
+    track = afresh(track);
+    const int blocks = int(p.ngroups) * plan.blocks_per_group, block = track % blocks;
+    w.s = track / blocks;
+    w.row = packed ? 0 : w.s;
+    w.group = block / plan.blocks_per_group;
+    w.first = block % plan.blocks_per_group * kHeads;
+    w.parts = min(kHeads, plan.parts_per_group - w.first);
+    w.pad = slot_of(seqs.state_indices, seqs.pad, w.s).pad;
+    const int begin = packed ? bound_of(p, w.s) : 0;
+    const int end = packed ? max(bound_of(p, w.s + 1), begin) : int(p.seqlen);
+    const int at = track * plan.chunks;
+    if (plan.chunks) {
+      const int first = max(low - at, 0), last = min(high - at, plan.chunks);
+      w.begin = first * kChunk;
+      w.end = min(last * kChunk, end);
+      w.starts = first == 0;
+      w.ends = last == plan.chunks;
+      w.waits = !w.starts;
+      if (!w.starts) w.from = (i - 1) * kHeads;
+      if (!w.ends) w.to = i * kHeads;
+    } else {
+      w.begin = min(begin + segment * plan.segment, end);
+      w.end = plan.segments > 1 ? min(w.begin + plan.segment, end) : end;
+      w.starts = segment == 0;
+      w.ends = segment == plan.segments - 1;
+      const int parts = int(p.ngroups) * plan.parts_per_group;
+      const int part = w.group * plan.parts_per_group + w.first;
+      const int mine = (w.s * plan.segments + segment) * parts + part;
+      if (!w.starts) w.from = mine - parts;
+      if (!w.ends) w.to = mine;
+      // The last segment's place is free.
+      if (w.starts && !w.ends) w.kept = mine + (plan.segments - 1) * parts;
+    }
+    use(w);
+    if (!plan.chunks || at <= low) return;
+  }
+}
+
+__device__ __forceinline__ int head_of(const FusedPlan &plan, const Piece &w, int part) {
+  return w.group * (plan.parts_per_group / plan.slices) + (w.first + part) / plan.slices;
+}
+// The first of its 64 rows.
+__device__ __forceinline__ int slice_of(const FusedPlan &plan, const Piece &w, int part) {
+  return (w.first + part) % plan.slices * kSlice;
+}
+
+// ---- Shared memory
+
+// What is per token of a chunk, for one head.  Decays are log2 of what is left of a state.
+struct alignas(16) TokenValues {
+  float2 decay[kChunk];       // from the chunk's start; and dt'
+  float grown[kChunk];        // 2^ the first
+  float weight[kChunk];       // dt' times what is left at the chunk's end
+  float near[kChunk];         // dt' times what is left at the end of the token's eight
+  float eighths[kChunk / 8];  // decay at the ends of the eights
+  float last, last_log;       // over the chunk: what is left, decay
+};
+
+// They come for some chunks at a time: the warp that prepares them is slow for one alone.
+constexpr int kBatch = 2;  // chunks
+constexpr int kBatchPlaces = 4;
+
+// What is said of a chunk: its tokens, and whether the state after it is captured.
+constexpr int kTokensMask = 127, kCaptured = 128;
+
+struct FusedSources {
+  TileSource x, z, B, C, out;
+};
+
+// Stages of (B, C, x of each part, z of each part); then for each part the products within a chunk
+// and the outputs; then what the copy engine has no part in.
+template <int kStates, int kHeads, bool kOutputs>
+struct FusedShared {
+  static constexpr int kSide = kStates / 64 * kTile;  // bytes of B, or C
+  static constexpr int kValues = kOutputs ? 2 * kSide : kSide;
+  int stages, stage;
+
+  __host__ __device__ FusedShared(int stages, bool has_z)
+      : stages(stages), stage(kValues + kHeads * kTile * (has_z ? 2 : 1)) {}
+  __host__ __device__ int x(int part) const { return kValues + part * kTile; }
+  __host__ __device__ int z(int part) const { return kValues + (kHeads + part) * kTile; }
+  // Two tiles for each part.
+  __host__ __device__ int outputs() const { return stages * stage; }
+  __host__ __device__ int products() const {
+    return outputs() + (kOutputs ? 2 * kHeads * kTile : 0);
+  }
+  __host__ __device__ int values() const { return products() + (kOutputs ? kHeads * kTile : 0); }
+  __host__ __device__ int notes() const {
+    return values() + kHeads * kBatchPlaces * kBatch * int(sizeof(TokenValues));
+  }
+  __host__ __device__ int gates() const { return notes() + stages * int(sizeof(int64_t)); }
+  // Stages' gates: full, and free again; the same of the parts' batches of token values; then one
+  // for tiles that are cut.
+  __host__ __device__ int batch_gates(int part) const {
+    return gates() + stages * 16 + part * kBatchPlaces * 16;
+  }
+  __host__ __device__ int cut_gate() const { return batch_gates(kHeads); }
+  // Where a part's outputs go: row, head and slice.
+  __host__ __device__ int targets(int part) const {
+    return (cut_gate() + 8 + 15) / 16 * 16 + part * 16;
+  }
+  __host__ __device__ int bytes() const { return targets(kHeads) + 1024; }
+};
+
+// A place among the stages, and how often their gates have opened.
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace ssmk::cuda
