@@ -250,10 +250,12 @@ def rounded_to(ops, a):
     """What the factors of products are rounded to before they are multiplied: on tensor cores the
     dtype of the inputs.  None: nothing is; the states are then as exact as their own dtype."""
     x, B = a["x"], a["B"]
+    rank = B.shape[2] if B.ndim == 5 else 1
     on_tensor_cores = (
         str(getattr(ops, "device", "")).startswith("cuda") and x.dtype in (F16, BF16)
-        and x.dtype == B.dtype == a["C"].dtype
+        and x.dtype == B.dtype == a["C"].dtype and a.get("seq_idx") is None
         and x.shape[-1] % 16 == 0 and B.shape[-1] % 16 == 0 and B.shape[-1] <= 128
+        and rank in (1, 2, 4, 8) and (a.get("angles") is None or a["angles"].shape[-1] % 8 == 0)
     )  # fmt: skip
     return x.dtype if on_tensor_cores else None
 
