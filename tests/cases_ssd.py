@@ -7,8 +7,9 @@ import numpy as np
 
 import reference
 from cases import (
-    BF16, F16, F32, I64, TOLERANCE, Untouched, assert_close, assert_same_bits, assert_slots_untouched, blank,
-    laid, log_uniform, normal, place, runs, split, uniform, wide, written_slots,
+    BF16, F16, F32, I64, TOLERANCE, Untouched, assert_close, assert_same_bits,
+    assert_slots_untouched, blank, laid, log_uniform, normal, place, runs, split, uniform, wide,
+    written_slots,
 )
 from cases_scan import draw_slots
 

@@ -69,7 +69,9 @@ PATHS = {
         dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 86,
         f"{OTHER}; mma: too little shared memory; general",
     ),
-    "SISO on sm_86": (dict(dtype=BF16, dstate=64, has=("trap", "angles", "z")), 86, f"{OTHER}; mma"),
+    "SISO on sm_86": (
+        dict(dtype=BF16, dstate=64, has=("trap", "angles", "z")), 86, f"{OTHER}; mma"
+    ),
     "wide heads": (
         dict(dtype=BF16, headdim=80), 90, "wgmma: headdim is not a multiple of 64; mma"
     ),
@@ -270,7 +272,9 @@ def test_a_row_has_the_bits_that_it_has_alone(torch, rng, path, p):
 @pytest.mark.parametrize("has, rank", [((), None), (("trap", "angles"), 1), (MIMO, 4)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("token", [1, 17, 63, 64, 100])
-def test_a_later_token_of_16_bits_never_reaches_earlier_outputs(torch, rng, token, poison, has, rank):
+def test_a_later_token_of_16_bits_never_reaches_earlier_outputs(
+    torch, rng, token, poison, has, rank
+):
     p = Ssd(1, 150, 2, 32, 64, 1, rank, has=(*has, "z", "D"), dtype=BF16)
     a = arguments(torch, rng, p)
     clean = run(torch, a, p)["out"]
@@ -279,7 +283,7 @@ def test_a_later_token_of_16_bits_never_reaches_earlier_outputs(torch, rng, toke
             dirty = a[name].clone()
             dirty[:, token:] = poison
             got = run(torch, {**a, name: dirty}, p)["out"]
-            # A trapezoid's token has its part in the weight of the one before, for later ones alone.
+            # With a trapezoid a token weighs in the one before it, but for later ones alone.
             same(got[:, :token], clean[:, :token], name)
             if poison != poison:
                 assert got[:, token:].isnan().any(), f"{name}: NaN was lost"

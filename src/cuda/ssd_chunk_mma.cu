@@ -18,8 +18,7 @@ ssmk_status run_plan(const SsdChunkProblem &p, MmaPlan plan, const Call &call) {
   const int64_t blocks = plan.slots * p.nheads * plan.slices;
   const auto walk = [&](bool states_only) {
     plan.states_only = states_only;
-    return launch(call, kernel, unsigned(blocks), kTeam, size_t(plan.at.total), p,
-                  plan);
+    return launch(call, kernel, unsigned(blocks), kTeam, size_t(plan.at.total), p, plan);
   };
   if (plan.prepared) {
     mma_workspace(p, &plan);
@@ -28,9 +27,9 @@ ssmk_status run_plan(const SsdChunkProblem &p, MmaPlan plan, const Call &call) {
       status = launch(call, mma_turns, unsigned(plan.slots * p.nheads), kTeam, kTeam * 4, p, plan);
     if (status == SSMK_OK) status = walk(true);
     if (status == SSMK_OK)
-      status = launch(call, mma_starts<kN>,
-                      dim3(unsigned(p.seqs.nseq * p.nheads * plan.slices), kN / 16), 256, 0, p,
-                      plan);
+      status =
+          launch(call, mma_starts<kN>,
+                 dim3(unsigned(p.seqs.nseq * p.nheads * plan.slices), kN / 16), 256, 0, p, plan);
     if (status != SSMK_OK) return status;
   }
   return walk(false);

@@ -2,8 +2,8 @@
 // Prefill of Mamba-2 and Mamba-3 on tensor cores: the plan, the tiles, and how they are filled.
 //
 // With the formulas of the specification's prefill form (cpu/ssd_chunk_head.h has them): a chunk is
-// 64 rows, row t * rank + r being rank r of token t.  A block owns a slice of up to 64 channels of a
-// head and walks the chunks with its state h in float32 in the registers of a product's sums.  Of
+// 64 rows, row t * rank + r being rank r of token t.  A block owns a slice of up to 64 channels of
+// a head and walks the chunks with its state h in float32 in the registers of a product's sums.  Of
 // its eight warps, four have the channels 16 w .. 16 w + 15 and the first half of the states, four
 // the second half:
 //
@@ -21,9 +21,9 @@
 
 namespace ssmk::cuda {
 
-constexpr int kRows = 64;      // of a chunk
-constexpr int kSlice = 64;     // channels of a head
-constexpr int kTeam = 256;     // threads of a block
+constexpr int kRows = 64;   // of a chunk
+constexpr int kSlice = 64;  // channels of a head
+constexpr int kTeam = 256;  // threads of a block
 constexpr int kSliceBytes = kSlice * 2;
 constexpr int kSumsBytes = kSlice * kRows * 4;   // of half of the states
 constexpr int kTileBytes = kRows * kSliceBytes;  // 64 rows of a slice, or of M
@@ -37,27 +37,27 @@ struct MmaShared {
   int total = 0;
 };
 
-// How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some tokens in
-// a row.
+// How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some tokens
+// in a row.
 struct TurnCut {
   int log_slots = 0, groups = 1, each = 1;  // slots: pairs, rounded up to a power of two
 };
 
-// Kinds of calls: without keys of a head's own, with them, and with more than one rank or weights of
-// ranks.
+// Kinds of calls: without keys of a head's own, with them, and with more than one rank or weights
+// of ranks.
 constexpr int kMamba2 = 0, kSiso = 1, kMimo = 2;
 
 struct MmaPlan {
-  int slices = 1;              // of a head
-  int tokens = kRows;          // of a chunk
+  int slices = 1;      // of a head
+  int tokens = kRows;  // of a chunk
   int log_rank = 0;
-  int64_t slots = 0;           // sequences, or segments of them
-  int64_t segment = 0;         // tokens of one, 0: sequences are whole
-  bool states_only = false;    // what a segment adds to the state, no outputs
-  bool prepared = false;       // starts are in the workspace
-  float *states = nullptr;     // of slots, heads and slices: fragments of h
-  float *decays = nullptr;     // of slots and heads: log2
-  uint32_t *turns = nullptr;   // of slots, heads and angles
+  int64_t slots = 0;          // sequences, or segments of them
+  int64_t segment = 0;        // tokens of one, 0: sequences are whole
+  bool states_only = false;   // what a segment adds to the state, no outputs
+  bool prepared = false;      // starts are in the workspace
+  float *states = nullptr;    // of slots, heads and slices: fragments of h
+  float *decays = nullptr;    // of slots and heads: log2
+  uint32_t *turns = nullptr;  // of slots, heads and angles
   TurnCut turn_cut;
   MmaShared at;
   // Strides in bytes, of tokens and of ranks.
@@ -67,11 +67,11 @@ struct MmaPlan {
 
 // Rows of the inputs that a token has, and so on: what is the same for all threads of a block.
 struct MmaSpan {
-  int64_t slot;             // of the states
-  int index;                // in the workspace
-  int row, begin, end;      // tokens of the segment
-  int seq_begin, seq_end;   // of the sequence
-  int local;                // number of the segment in its sequence
+  int64_t slot;                        // of the states
+  int index;                           // in the workspace
+  int row, begin, end;                 // tokens of the segment
+  int seq_begin, seq_end;              // of the sequence
+  int local;                           // number of the segment in its sequence
   bool pad, has_initial, first, last;  // first, last: segment of the sequence
 };
 
@@ -100,7 +100,10 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
     int64_t low = 0, high = p.seqs.nseq;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      if (first_slot(p, plan, middle) <= i) low = middle; else high = middle;
+      if (first_slot(p, plan, middle) <= i)
+        low = middle;
+      else
+        high = middle;
     }
     seq = low;
     local = i - first_slot(p, plan, low);
@@ -156,10 +159,10 @@ struct RowArrays {
 
 // What is known of the tokens of the next chunk, on the way to its rows.
 struct TokenTerms {
-  double decay[kRows];         // log2
-  double sum[kRows], all;      // of them, up to and with the token; of all
-  float now[kRows];            // weight of the token's product for itself
-  float share[kRows + 1];      // and what it adds to the weight of the one before
+  double decay[kRows];     // log2
+  double sum[kRows], all;  // of them, up to and with the token; of all
+  float now[kRows];        // weight of the token's product for itself
+  float share[kRows + 1];  // and what it adds to the weight of the one before
 };
 
 // A chunk: its tokens, and whether a state is captured at its end.
@@ -200,8 +203,9 @@ __device__ __forceinline__ uint32_t word_at(int row, int column, int bytes) {
   return piece_at(row, column >> 3, bytes) + ((column & 7) << 1);
 }
 
-// Brings `rows` rows of pieces to a tile of `to_rows`, the others are zeros; it has kTo at most.  `from`: the first row; row
-// i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a tile's kPieces are there.
+// Brings `rows` rows of pieces to a tile of `to_rows`, the others are zeros; it has kTo at most.
+// `from`: the first row; row i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a
+// tile's kPieces are there.
 template <int kPieces, int kTo>
 __device__ __forceinline__ void bring_rows(uint32_t to, const char *from, int64_t token,
                                            int64_t rank, int log_rank, int rows, int to_rows,

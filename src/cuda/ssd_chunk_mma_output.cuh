@@ -70,7 +70,8 @@ __device__ __forceinline__ void add_skip(MmaHalf &y, const MmaValues &u, const f
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const uint32_t word = t.half ? u.v[2 + (i >> 1)][(i & 1) * 2 + k] : u.v[i >> 1][(i & 1) * 2 + k];
+      const uint32_t word =
+          t.half ? u.v[2 + (i >> 1)][(i & 1) * 2 + k] : u.v[i >> 1][(i & 1) * 2 + k];
       const float2 v = unpack_two<T>(word);
       y.v[i][2 * k] = fmaf(D[k], v.x, y.v[i][2 * k]);
       y.v[i][2 * k + 1] = fmaf(D[k], v.y, y.v[i][2 * k + 1]);
@@ -122,7 +123,7 @@ __device__ __forceinline__ void gate_rows(const MmaHalf &y, bool gated, uint32_t
   for (int j = 0; j < 2; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&tile)[4] = y.v[2 * j + (i >> 1)];
+      const float (&tile)[4] = y.v[2 * j + (i >> 1)];
       float2 v = {tile[2 * (i & 1)], tile[2 * (i & 1) + 1]};
       if (gated) {
         const float2 by = unpack_two<T>(words[j][i]);
@@ -179,8 +180,7 @@ __device__ __forceinline__ void gate_ranks(const MmaHalf &y, bool gated, uint32_
       if (sum && log_rank > 0) {
         float all = low + high;
 #pragma unroll 1
-        for (int off = 2; off < 1 << log_rank; off *= 2)
-          all += __shfl_xor_sync(~0u, all, off / 2);
+        for (int off = 2; off < 1 << log_rank; off *= 2) all += __shfl_xor_sync(~0u, all, off / 2);
         if ((row & mask) == 0) put(row >> log_rank, all);
       } else {
         put(row, low);

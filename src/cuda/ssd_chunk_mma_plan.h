@@ -40,9 +40,8 @@ inline MmaShared mma_places(const SsdChunkProblem &p, int tokens) {
   const int rank = int(m.rank), nangles = int(m.nangles);
   const bool mamba3 = mma_is_mamba3(p);
   // Turns may go beyond the end of the weights, in whose place they are.
-  const int turns = int(mamba3 ? offsetof(With, weights)
-                               : offsetof(Without, weights)) +
-                    tokens * nangles * 4;
+  const int turns =
+      int(mamba3 ? offsetof(With, weights) : offsetof(Without, weights)) + tokens * nangles * 4;
   int used = int(mamba3 ? sizeof(With) : sizeof(Without));
   used = std::max(used, turns);
   const auto take = [&](int bytes) {
@@ -152,9 +151,10 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
   plan.prepared = plan.segment > 0;
   plan.slots = p.seqs.nseq;
   if (plan.prepared)
-    plan.slots = p.seqs.cu_seqlens.given()
-                     ? p.seqlen / plan.segment + p.seqs.nseq
-                     : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
+    plan.slots =
+        p.seqs.cu_seqlens.given()
+            ? p.seqlen / plan.segment + p.seqs.nseq
+            : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
   plan.at = mma_shared_for(p, plan.tokens);
   if (m.nangles > 0) {
     TurnCut &cut = plan.turn_cut;

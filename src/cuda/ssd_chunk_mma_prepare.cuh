@@ -39,8 +39,8 @@ __device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t r
   return (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap)) * dt;
 }
 
-// A chunk's rows are prepared in three steps, while the chunk before is computed.  First thread i of
-// some: token i of the `tokens` of the chunk, or the one after them if the sequence goes on.
+// A chunk's rows are prepared in three steps, while the chunk before is computed.  First thread i
+// of some: token i of the `tokens` of the chunk, or the one after them if the sequence goes on.
 __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const TokenBits &b,
                                               const SsdChunkProblem &p, const BlockFacts &head,
                                               int i, int tokens, bool follows, int chunk_tokens) {
@@ -132,8 +132,7 @@ __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, D
     } else {
       uint32_t w[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        w[i] = load_word(angles + (at + i * nangles) * 2);
+      for (int i = 0; i < kBatch; ++i) w[i] = load_word(angles + (at + i * nangles) * 2);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
         v[i] = dtype == DType::kBF16 ? unpack_two<__nv_bfloat16>(w[i]) : unpack_two<__half>(w[i]);
@@ -157,15 +156,11 @@ __device__ __forceinline__ uint2 turned_words(uint2 words, float2 bias0, float2 
   float2 v0 = unpack_two<T>(words.x), v1 = unpack_two<T>(words.y);
   v0.x += bias0.x, v0.y += bias0.y, v1.x += bias1.x, v1.y += bias1.y;
   if constexpr (kHalf)
-    return {pack_two<T>(fmaf(v0.x, cosine.x, -v1.x * sine.x),
-                        fmaf(v0.y, cosine.y, -v1.y * sine.y)),
-            pack_two<T>(fmaf(v0.x, sine.x, v1.x * cosine.x),
-                        fmaf(v0.y, sine.y, v1.y * cosine.y))};
+    return {pack_two<T>(fmaf(v0.x, cosine.x, -v1.x * sine.x), fmaf(v0.y, cosine.y, -v1.y * sine.y)),
+            pack_two<T>(fmaf(v0.x, sine.x, v1.x * cosine.x), fmaf(v0.y, sine.y, v1.y * cosine.y))};
   else
-    return {pack_two<T>(fmaf(v0.x, cosine.x, -v0.y * sine.x),
-                        fmaf(v0.x, sine.x, v0.y * cosine.x)),
-            pack_two<T>(fmaf(v1.x, cosine.y, -v1.y * sine.y),
-                        fmaf(v1.x, sine.y, v1.y * cosine.y))};
+    return {pack_two<T>(fmaf(v0.x, cosine.x, -v0.y * sine.x), fmaf(v0.x, sine.x, v0.y * cosine.x)),
+            pack_two<T>(fmaf(v1.x, cosine.y, -v1.y * sine.y), fmaf(v1.x, sine.y, v1.y * cosine.y))};
 }
 
 // Tiles of keys and queries, by their shared addresses: as they came, and as products want them.
@@ -211,11 +206,11 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
   };
   if (!kRanks) take_biases(0);
   constexpr int kBatch = 4;
-  const auto words_at = [&](uint32_t tile, const uint32_t(&at)[2]) {
+  const auto words_at = [&](uint32_t tile, const uint32_t (&at)[2]) {
     if (!kHalf) return load_two_words(tile + at[0]);
     return uint2{load_word(tile + at[0]), load_word(tile + at[1])};
   };
-  const auto put = [&](uint32_t tile, const uint32_t(&at)[2], uint2 words) {
+  const auto put = [&](uint32_t tile, const uint32_t (&at)[2], uint2 words) {
     if (!kHalf) return store_two_words(tile + at[0], words.x, words.y);
     store_word(tile + at[0], words.x);
     store_word(tile + at[1], words.y);
@@ -280,7 +275,7 @@ __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int
   const int mask = (1 << log_rank) - 1;
   // Pieces of a row: [0, turned) are turned; in halves again from middle on.
   const int middle = half ? dstate / 16 : kPieces, turned = half ? nangles / 8 : nangles / 4;
-  const int low = middle - turned;                   // of the first half
+  const int low = middle - turned;                     // of the first half
   const int left = half ? kPieces - 2 * turned : low;  // of a row
   if (left <= 0) return;
   int log_slots = 0;

@@ -24,9 +24,7 @@ using MmaHalf = MmaTile<kRows / 2>;  // by half of them; or 16 rows by half of t
 // rows 8 (l / 16) + l % 8, pieces l / 8 % 2 on.
 struct LaneRows {
   int row, piece;
-  __device__ __forceinline__ static LaneRows down_first(int lane) {
-    return {lane & 15, lane >> 4};
-  }
+  __device__ __forceinline__ static LaneRows down_first(int lane) { return {lane & 15, lane >> 4}; }
   __device__ __forceinline__ static LaneRows across_first(int lane) {
     return {(lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1};
   }
@@ -37,8 +35,8 @@ __device__ __forceinline__ uint32_t mixed(uint32_t row, int mix, int piece) {
   return row + ((piece << 4) ^ mix);
 }
 
-// Of S = Q K^T the 16 rows of block `block` by kTiles times 16 columns from `column` on; weighed, the
-// last tile 0 for later tokens where it is `diagonal`; rounded, to shared memory as M.
+// Of S = Q K^T the 16 rows of block `block` by kTiles times 16 columns from `column` on; weighed,
+// the last tile 0 for later tokens where it is `diagonal`; rounded, to shared memory as M.
 template <class T, int kN, int kTiles>
 __device__ __forceinline__ void multiply_tiles(uint32_t queries, uint32_t keys,
                                                const RowArrays &rows, uint32_t weights, int block,
@@ -120,7 +118,7 @@ __device__ __forceinline__ void multiply_state(MmaRows &y, const MmaState<kN> &h
   const int mix = ((b.piece + half * (kN / 16)) ^ (lane & 7)) << 4;
 #pragma unroll
   for (int n = 0; n < kN / 32; ++n) {
-    const float(&h0)[4] = h.v[2 * n], (&h1)[4] = h.v[2 * n + 1];
+    const float (&h0)[4] = h.v[2 * n], (&h1)[4] = h.v[2 * n + 1];
     const uint32_t a[4] = {pack_two<T>(h0[0], h0[1]), pack_two<T>(h0[2], h0[3]),
                            pack_two<T>(h1[0], h1[1]), pack_two<T>(h1[2], h1[3])};
 #pragma unroll
@@ -154,8 +152,7 @@ __device__ __forceinline__ void join_halves(MmaHalf &to, const MmaRows &y, uint3
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint4 v = load_four_words(at + (half ^ 1) * 2048 + i * 512);
-    const float2 e =
-        *reinterpret_cast<const float2 *>(decay + half * 32 + i * 8 + 2 * (lane & 3));
+    const float2 e = *reinterpret_cast<const float2 *>(decay + half * 32 + i * 8 + 2 * (lane & 3));
     to.v[i][0] = (to.v[i][0] + __uint_as_float(v.x)) * e.x;
     to.v[i][1] = (to.v[i][1] + __uint_as_float(v.y)) * e.y;
     to.v[i][2] = (to.v[i][2] + __uint_as_float(v.z)) * e.x;
@@ -205,8 +202,7 @@ __device__ __forceinline__ void multiply_values(MmaHalf &y, const MmaValues &u, 
 // h = decay h + (w U)^T K.
 template <class T, int kN>
 __device__ __forceinline__ void add_to_state(MmaState<kN> &h, const MmaValues &u, uint32_t keys,
-                                             const float *weight, float decay, int half,
-                                             int lane) {
+                                             const float *weight, float decay, int half, int lane) {
   constexpr int kBytes = kN * 2;
 #pragma unroll
   for (int n = 0; n < kN / 16; ++n)

@@ -83,7 +83,9 @@ __device__ __forceinline__ void copy_ahead_if(bool given, uint32_t to, const voi
                "r"(given ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void end_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // All but the last kPending groups of this thread's copies are there.
 template <int kPending>
 __device__ __forceinline__ void wait_for_all_but() {

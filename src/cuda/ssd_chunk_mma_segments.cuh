@@ -25,9 +25,10 @@ static __global__ void __launch_bounds__(kTeam)
     const int n = min(nangles - first, kTeam), tokens = kTeam / n;
     const int angle = threadIdx.x % n, offset = threadIdx.x / n;
     if (s.first && offset == 0)
-      to[first + angle] = s.has_initial && p.initial.angle.given()
-                              ? turns_of_angle(load_at(p.initial.angle, s.slot, head, first + angle))
-                              : 0;
+      to[first + angle] =
+          s.has_initial && p.initial.angle.given()
+              ? turns_of_angle(load_at(p.initial.angle, s.slot, head, first + angle))
+              : 0;
     if (s.last) continue;
     uint32_t sum = 0, bad = 0;
     for (int64_t t = s.begin + offset; t < s.end && offset < tokens; t += tokens) {
@@ -76,9 +77,8 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const bool there = s.has_initial && c[k >> 1] < p.headdim && n + (k & 1) < p.dstate;
-    h[k] = there && p.initial.h.given()
-               ? load_at(p.initial.h, s.slot, head, c[k >> 1], n + (k & 1))
-               : 0.0f;
+    h[k] = there && p.initial.h.given() ? load_at(p.initial.h, s.slot, head, c[k >> 1], n + (k & 1))
+                                        : 0.0f;
   }
   if (s.has_initial && p.trap.given() && p.initial.k.given() && p.initial.v.given() &&
       s.seq_begin < s.seq_end) {

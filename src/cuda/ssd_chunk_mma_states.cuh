@@ -78,8 +78,7 @@ __device__ __forceinline__ void write_state(const MmaState<kN> &h, const View<4>
 #pragma unroll 1
     for (int i = t.lane >> 4; i < 16; i += 2)
       if (t.pair * 16 + i < t.channels && n < dstate)
-        store_at(to, area[i * kAreaStride + column], entry, t.head,
-                 t.channel + t.pair * 16 + i, n);
+        store_at(to, area[i * kAreaStride + column], entry, t.head, t.channel + t.pair * 16 + i, n);
     __syncwarp();
   }
 }
@@ -102,8 +101,7 @@ __device__ __forceinline__ void read_kept(MmaState<kN> &h, const float4 *from) {
 template <int kN>
 __device__ __forceinline__ void keep_state(const MmaState<kN> &h, float4 *to) {
 #pragma unroll
-  for (int n = 0; n < kN / 16; ++n)
-    to[n * kTeam] = {h.v[n][0], h.v[n][1], h.v[n][2], h.v[n][3]};
+  for (int n = 0; n < kN / 16; ++n) to[n * kTeam] = {h.v[n][0], h.v[n][1], h.v[n][2], h.v[n][3]};
 }
 
 // What the first token owes to the one before it: h += share sum_r (psi v)(k^r)^T.  `area`: kN
@@ -116,8 +114,8 @@ __device__ __forceinline__ void add_before(MmaState<kN> &h, const SsdChunkProble
     __syncthreads();
 #pragma unroll 1
     for (int n = t.thread; n < kN; n += kTeam)
-      area[n] = p.initial.k.given() && n < p.dstate ? load_at(p.initial.k, entry, r, t.head, n)
-                                                    : 0.0f;
+      area[n] =
+          p.initial.k.given() && n < p.dstate ? load_at(p.initial.k, entry, r, t.head, n) : 0.0f;
     __syncthreads();
     float u[2];
 #pragma unroll
@@ -130,8 +128,8 @@ __device__ __forceinline__ void add_before(MmaState<kN> &h, const SsdChunkProble
     }
 #pragma unroll
     for (int n = 0; n < kN / 16; ++n) {
-      const float2 key = *reinterpret_cast<const float2 *>(area + t.half * (kN / 2) + n * 8 +
-                                                             2 * (t.lane & 3));
+      const float2 key =
+          *reinterpret_cast<const float2 *>(area + t.half * (kN / 2) + n * 8 + 2 * (t.lane & 3));
       h.v[n][0] = fmaf(u[0], key.x, h.v[n][0]);
       h.v[n][1] = fmaf(u[0], key.y, h.v[n][1]);
       h.v[n][2] = fmaf(u[1], key.x, h.v[n][2]);
@@ -180,8 +178,8 @@ __device__ __forceinline__ void sine_cosine_of(uint32_t turns, float *sine, floa
 
 // Copies the states where no token changed them.
 __device__ __forceinline__ void pass_states(const SsdChunkProblem &p, const MmaSpan &s,
-                                           const MmaThread &t, const HeadStates &from,
-                                           const HeadStates &to, int64_t entry) {
+                                            const MmaThread &t, const HeadStates &from,
+                                            const HeadStates &to, int64_t entry) {
   const auto value = [&](const auto &v, auto... i) {
     return s.has_initial && v.given() ? load_at(v, i...) : 0.0f;
   };

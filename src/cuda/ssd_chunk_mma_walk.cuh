@@ -9,8 +9,8 @@
 namespace ssmk::cuda {
 
 // The first captured token in [begin, end), or end: by all threads of a block.
-__device__ __forceinline__ int next_capture(const SsdChunkProblem &p, int64_t row,
-                                                int begin, int end, int *found) {
+__device__ __forceinline__ int next_capture(const SsdChunkProblem &p, int64_t row, int begin,
+                                            int end, int *found) {
   __syncthreads();
   if (threadIdx.x == 0) *found = 0x7fffffff;
   __syncthreads();
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kTeam, 2)
     for (int64_t i = t.thread; i < int64_t(s.end - s.begin) * rows_each * pieces_here; i += kTeam) {
       const int64_t row = i / pieces_here;
       *reinterpret_cast<uint4 *>(out_at + (s.begin + row / rows_each) * plan.out_token +
-                                 row % rows_each * plan.out_rank + i % pieces_here * 16) = {0, 0, 0, 0};
+                                 row % rows_each * plan.out_rank +
+                                 i % pieces_here * 16) = {0, 0, 0, 0};
     }
     return;
   }
@@ -183,8 +184,8 @@ __global__ void __launch_bounds__(kTeam, 2)
                                  log_rank, rows, kRows, there, t.thread);
       if (!plan.states_only)
         bring_rows<kPieces, kRows>(to + kRows * kBytes, facts->C + begin * plan.C_token,
-                                   plan.C_token, plan.C_rank, log_rank, rows,
-                                   kRows, there, t.thread);
+                                   plan.C_token, plan.C_rank, log_rank, rows, kRows, there,
+                                   t.thread);
       if (kMamba3 && nangles > 0) {
         const int n = nangles * size_of(p.angles.dtype) / 16, piece = t.thread % 16;
         const uint32_t to = shared + at.angles + piece * 16;
@@ -200,14 +201,14 @@ __global__ void __launch_bounds__(kTeam, 2)
   };
   const auto bring_values = [&](int begin, int tokens) {
     if (tokens > 0)
-      bring_rows<8, kRows>(shared_address(own.x), facts->x + begin * plan.x_token, plan.x_token,
-                           0, 0, tokens, plan.tokens, facts->slice.channels / 8, t.thread);
+      bring_rows<8, kRows>(shared_address(own.x), facts->x + begin * plan.x_token, plan.x_token, 0,
+                           0, tokens, plan.tokens, facts->slice.channels / 8, t.thread);
     end_copies();
   };
   const auto bring_gates = [&](int begin, int tokens) {
     if (tokens > 0 && p.z.given() && !plan.states_only)
-      bring_rows<8, kRows>(shared_address(own.z), facts->z + begin * plan.z_token, plan.z_token,
-                           0, 0, tokens, plan.tokens, facts->slice.channels / 8, t.thread);
+      bring_rows<8, kRows>(shared_address(own.z), facts->z + begin * plan.z_token, plan.z_token, 0,
+                           0, tokens, plan.tokens, facts->slice.channels / 8, t.thread);
     end_copies();
   };
 
@@ -269,7 +270,10 @@ __global__ void __launch_bounds__(kTeam, 2)
     }
 
     // Keys are there; values too where they are spread over ranks now.
-    if (kRanks) wait_for_all_but<1>(); else wait_for_all_but<2>();
+    if (kRanks)
+      wait_for_all_but<1>();
+    else
+      wait_for_all_but<2>();
     __syncthreads();
     prepare_tokens(bits, then, parity ^ 1);
     t.forget();
@@ -281,22 +285,20 @@ __global__ void __launch_bounds__(kTeam, 2)
       const float *const bias = floats(at.bias);
       if (nangles > 0) {
         const TurnCut &cut = plan.turn_cut;
-        sum_turns(cut, shared + at.angles, p.angles.dtype, nangles, rows.dt, shared_address(own.weights),
-                  own.totals, t.thread);
+        sum_turns(cut, shared + at.angles, p.angles.dtype, nangles, rows.dt,
+                  shared_address(own.weights), own.totals, t.thread);
         __syncthreads();
         if (m.rotary_half)
           turn_keys<T, kN, kRanks, true>(cut, tiles, int(p.dstate), nangles, log_rank,
-                                 shared_address(own.weights), own.totals, carried(parity),
-                                     carried(parity ^ 1), bias,
-                                 t.thread);
+                                         shared_address(own.weights), own.totals, carried(parity),
+                                         carried(parity ^ 1), bias, t.thread);
         else
           turn_keys<T, kN, kRanks, false>(cut, tiles, int(p.dstate), nangles, log_rank,
-                                  shared_address(own.weights), own.totals, carried(parity),
-                                     carried(parity ^ 1), bias,
-                                  t.thread);
+                                          shared_address(own.weights), own.totals, carried(parity),
+                                          carried(parity ^ 1), bias, t.thread);
       }
       copy_keys<T, kN, kRanks>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank, bias,
-                       t.thread);
+                               t.thread);
       if (kRanks)
         spread_values<T>(shared_address(own.x), shared + at.u, floats(at.mimo), log_rank, t.thread);
       __syncthreads();
@@ -340,15 +342,16 @@ __global__ void __launch_bounds__(kTeam, 2)
       t.forget();
       if (kRanks) {
         const float *const zeta = floats(at.mimo) + ranks * kSlice;
-        gate_ranks<T>(y, p.z.given(), shared_address(own.z), rows_out(), zeta, zeta + ranks * kSlice,
-                      m.mimo_out.given(), log_rank, t.pair, t.half, t.lane);
+        gate_ranks<T>(y, p.z.given(), shared_address(own.z), rows_out(), zeta,
+                      zeta + ranks * kSlice, m.mimo_out.given(), log_rank, t.pair, t.half, t.lane);
       } else {
         gate_rows<T>(y, p.z.given(), shared_address(own.z), rows_out(), t.pair, t.half, t.lane);
       }
       t.forget();
       __syncthreads();
       store_rows(rows_out(), facts->out + now.begin * plan.out_token, plan.out_token, plan.out_rank,
-                 out_log_rank, (now.stop - now.begin) << out_log_rank, facts->slice.channels / 8, t.thread);
+                 out_log_rank, (now.stop - now.begin) << out_log_rank, facts->slice.channels / 8,
+                 t.thread);
     }
     prepare_rows(then, parity ^ 1);
     if (!now.captured) bring_values(then.begin, then.stop - then.begin);
@@ -369,16 +372,14 @@ __global__ void __launch_bounds__(kTeam, 2)
         const HeadStates &to = own_end ? p.final : p.captured;
         const int64_t entry = own_end ? span.slot : i;
         if (to.h.given()) write_state<kN>(h, to.h, entry, who, int(p.dstate), area);
-        if (kMamba3) write_parts(p, span.row, stop - 1, who, to, entry,
-                                 carried(parity ^ 1));
+        if (kMamba3) write_parts(p, span.row, stop - 1, who, to, entry, carried(parity ^ 1));
       }
       if (p.trap.given() && stop < span.seq_end) {
         // The weight of the last token alone.
         const int last = (stop - now.begin) << log_rank;
         __syncthreads();
         if (t.thread < kRows)
-          rows.ending[t.thread] =
-              t.thread >= last - ranks && t.thread < last ? rows.last[1] : 0.0f;
+          rows.ending[t.thread] = t.thread >= last - ranks && t.thread < last ? rows.last[1] : 0.0f;
         __syncthreads();
         load_values(u, u_at(), t.pair, t.lane);
         add_to_state<T, kN>(h, u, keys, rows.ending, 1.0f, t.half, t.lane);
