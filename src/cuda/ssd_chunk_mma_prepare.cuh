@@ -237,14 +237,16 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) marks |= own[i].x | own[i].y;
     const bool marked = marks & 1u;
+    float2 sine = {}, cosine = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      float2 sine, cosine;
-      sine_cosine_of(base.x + own[i].x, &sine.x, &cosine.x);
-      sine_cosine_of(base.y + own[i].y, &sine.y, &cosine.y);
-      if (marked) {  // rarely
-        if ((bad.x | own[i].x) & 1u) sine.x = cosine.x = __int_as_float(0x7fffffff);
-        if ((bad.y | own[i].y) & 1u) sine.y = cosine.y = __int_as_float(0x7fffffff);
+      if (!kRanks || i == 0 || ((from + i) & mask) == 0) {  // a token's first rank
+        sine_cosine_of(base.x + own[i].x, &sine.x, &cosine.x);
+        sine_cosine_of(base.y + own[i].y, &sine.y, &cosine.y);
+        if (marked) {  // rarely
+          if ((bad.x | own[i].x) & 1u) sine.x = cosine.x = __int_as_float(0x7fffffff);
+          if ((bad.y | own[i].y) & 1u) sine.y = cosine.y = __int_as_float(0x7fffffff);
+        }
       }
       if (kRanks) take_biases(from + i);
       k[i] = turned_words<T, kHalf>(k[i], biases[0], biases[1], sine, cosine);
@@ -328,15 +330,18 @@ template <class T>
 __device__ __forceinline__ void spread_values(uint32_t x, uint32_t u, const float *psi,
                                               int log_rank, int thread) {
   const int piece = thread & 7, mask = (1 << log_rank) - 1;
-#pragma unroll 1
+#pragma unroll
   for (int row = thread >> 3; row < kRows; row += kTeam / 8) {
     uint4 v = load_four_words(x + piece_at(row >> log_rank, piece, kSliceBytes));
     const float *const by = psi + (row & mask) * kSlice + piece * 8;
-    const auto one = [&](uint32_t w, int i) {
+    const float4 low = *reinterpret_cast<const float4 *>(by);
+    const float4 high = *reinterpret_cast<const float4 *>(by + 4);
+    const auto one = [](uint32_t w, float a, float b) {
       const float2 f = unpack_two<T>(w);
-      return pack_two<T>(f.x * by[i], f.y * by[i + 1]);
+      return pack_two<T>(f.x * a, f.y * b);
     };
-    v = {one(v.x, 0), one(v.y, 2), one(v.z, 4), one(v.w, 6)};
+    v = {one(v.x, low.x, low.y), one(v.y, low.z, low.w), one(v.z, high.x, high.y),
+         one(v.w, high.z, high.w)};
     store_four_words(u + piece_at(row, piece, kSliceBytes), v);
   }
 }

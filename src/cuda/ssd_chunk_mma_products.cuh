@@ -37,64 +37,73 @@ __device__ __forceinline__ uint32_t mixed(uint32_t row, int mix, int piece) {
   return row + ((piece << 4) ^ mix);
 }
 
-// S = Q K^T for the 16 rows of block `block` and half of the columns, as far as they are not later.
-template <class T, int kN>
-__device__ __forceinline__ void multiply_keys(MmaHalf &s, uint32_t queries, uint32_t keys,
-                                              int block, int half, int lane) {
+// Of S = Q K^T the 16 rows of block `block` by kTiles times 16 columns from `column` on; weighed, the
+// last tile 0 for later tokens where it is `diagonal`; rounded, to shared memory as M.
+template <class T, int kN, int kTiles>
+__device__ __forceinline__ void multiply_tiles(uint32_t queries, uint32_t keys,
+                                               const RowArrays &rows, uint32_t weights, int block,
+                                               int column, bool diagonal, int log_rank, int lane) {
   constexpr int kBytes = kN * 2;
+  MmaTile<16 * kTiles> s;
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < 2 * kTiles; ++j)
 #pragma unroll
     for (int k = 0; k < 4; ++k) s.v[j][k] = 0.0f;
   const LaneRows a = LaneRows::down_first(lane), b = LaneRows::across_first(lane);
   const uint32_t q_row = queries + (block * 16 + a.row) * kBytes;
-  const uint32_t k_row = keys + (half * 32 + b.row) * kBytes;
+  const uint32_t k_row = keys + (column + b.row) * kBytes;
   const int q_mix = (a.piece ^ (lane & 7)) << 4, k_mix = (b.piece ^ (lane & 7)) << 4;
 #pragma unroll
   for (int n = 0; n < kN / 16; ++n) {
     uint32_t q[4];
     load_matrices(q, mixed(q_row, q_mix, 2 * n));
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-      if (half * 2 + j <= block) {
-        uint32_t k[4];
-        load_matrices(k, mixed(k_row + j * 16 * kBytes, k_mix, 2 * n));
-        multiply<T>(s.v[2 * j], q, k[0], k[1]);
-        multiply<T>(s.v[2 * j + 1], q, k[2], k[3]);
-      }
+    for (int j = 0; j < kTiles; ++j) {
+      uint32_t k[4];
+      load_matrices(k, mixed(k_row + j * 16 * kBytes, k_mix, 2 * n));
+      multiply<T>(s.v[2 * j], q, k[0], k[1]);
+      multiply<T>(s.v[2 * j + 1], q, k[2], k[3]);
+    }
   }
-}
-
-// M = S with its weights, 0 for later tokens; rounded, to shared memory.
-template <class T>
-__device__ __forceinline__ void weigh(const MmaHalf &s, const RowArrays &rows, uint32_t weights,
-                                      int block, int half, int log_rank, int lane) {
   const int g = lane >> 2, q = lane & 3;
   const int i0 = block * 16 + g, i1 = i0 + 8;
   const float sum0 = rows.sum[i0], sum1 = rows.sum[i1];
 #pragma unroll
-  for (int j8 = 0; j8 < 4; ++j8)
-    if (half * 2 + j8 / 2 <= block) {
-      const int j = half * 32 + j8 * 8 + 2 * q;
-      const float2 sum = *reinterpret_cast<const float2 *>(rows.sum + j);
-      const float2 later = *reinterpret_cast<const float2 *>(rows.later + j);
-      float m[4];
+  for (int j8 = 0; j8 < 2 * kTiles; ++j8) {
+    const int j = column + j8 * 8 + 2 * q;
+    const float2 sum = *reinterpret_cast<const float2 *>(rows.sum + j);
+    const float2 later = *reinterpret_cast<const float2 *>(rows.later + j);
+    float m[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        m[k] = s.v[j8][k] * (exp2_fast((k < 2 ? sum0 : sum1) - (k & 1 ? sum.y : sum.x)) *
-                             (k & 1 ? later.y : later.x));
-      if (half * 2 + j8 / 2 == block) {
-        const float2 same = *reinterpret_cast<const float2 *>(rows.same + j);
+    for (int k = 0; k < 4; ++k)
+      m[k] = s.v[j8][k] * (exp2_fast((k < 2 ? sum0 : sum1) - (k & 1 ? sum.y : sum.x)) *
+                           (k & 1 ? later.y : later.x));
+    if (j8 / 2 == kTiles - 1 && diagonal) {
+      const float2 same = *reinterpret_cast<const float2 *>(rows.same + j);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int now = (k < 2 ? i0 : i1) >> log_rank, then = (j + (k & 1)) >> log_rank;
-          if (then == now) m[k] = s.v[j8][k] * (k & 1 ? same.y : same.x);
-          if (then > now) m[k] = 0.0f;
-        }
+      for (int k = 0; k < 4; ++k) {
+        const int at = (k < 2 ? i0 : i1) >> log_rank, then = (j + (k & 1)) >> log_rank;
+        if (then == at) m[k] = s.v[j8][k] * (k & 1 ? same.y : same.x);
+        if (then > at) m[k] = 0.0f;
       }
-      store_word(weights + word_at(i0, j, kSliceBytes), pack_two<T>(m[0], m[1]));
-      store_word(weights + word_at(i1, j, kSliceBytes), pack_two<T>(m[2], m[3]));
     }
+    store_word(weights + word_at(i0, j, kSliceBytes), pack_two<T>(m[0], m[1]));
+    store_word(weights + word_at(i1, j, kSliceBytes), pack_two<T>(m[2], m[3]));
+  }
+}
+
+// A warp's part of M: 16 rows, half of the columns as far as they are not later.  The rows are so
+// dealt that the warps of a scheduler have alike to do.
+template <class T, int kN>
+__device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys,
+                                              const RowArrays &rows, uint32_t weights, int pair,
+                                              int half, int log_rank, int lane) {
+  const int block = half ? 3 - pair : pair, tiles = block + 1 - 2 * half, column = half * 32;
+  if (tiles >= 2)
+    multiply_tiles<T, kN, 2>(queries, keys, rows, weights, block, column, tiles == 2, log_rank,
+                             lane);
+  else if (tiles == 1)
+    multiply_tiles<T, kN, 1>(queries, keys, rows, weights, block, column, true, log_rank, lane);
 }
 
 // Y^T = h Q^T over the warp's half of the states.
@@ -166,23 +175,31 @@ __device__ __forceinline__ void load_values(MmaValues &u, uint32_t tile, int pai
   for (int j = 0; j < 4; ++j) load_transposed(u.v[j], row + j * 16 * kSliceBytes + mix);
 }
 
-// Y^T += U^T M^T, for half of the rows.
-template <class T>
-__device__ __forceinline__ void multiply_values(MmaHalf &y, const MmaValues &u, uint32_t weights,
-                                                int half, int lane) {
+// Y^T += U^T M^T, for half of the rows: of which kHalf, as a number known when compiling.
+template <class T, int kHalf>
+__device__ __forceinline__ void multiply_half(MmaHalf &y, const MmaValues &u, uint32_t weights,
+                                              int lane) {
   const LaneRows b = LaneRows::across_first(lane);
-  const uint32_t row = weights + (half * 32 + b.row) * kSliceBytes;
+  const uint32_t row = weights + (kHalf * 32 + b.row) * kSliceBytes;
   const int mix = (b.piece ^ (lane & 7)) << 4;
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < 2 * kHalf + 2; ++j)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (j <= half * 2 + i) {
+      if (j <= kHalf * 2 + i) {
         uint32_t m[4];
         load_matrices(m, mixed(row + i * 16 * kSliceBytes, mix, 2 * j));
         multiply<T>(y.v[2 * i], u.v[j], m[0], m[1]);
         multiply<T>(y.v[2 * i + 1], u.v[j], m[2], m[3]);
       }
+}
+template <class T>
+__device__ __forceinline__ void multiply_values(MmaHalf &y, const MmaValues &u, uint32_t weights,
+                                                int half, int lane) {
+  if (half)
+    multiply_half<T, 1>(y, u, weights, lane);
+  else
+    multiply_half<T, 0>(y, u, weights, lane);
 }
 
 // h = decay h + (w U)^T K.

@@ -314,13 +314,8 @@ __global__ void __launch_bounds__(kTeam, 2)
       __syncthreads();
     } else {
       MmaRows sums;
-      {
-        // Rows of S that the warp computes; so dealt that the warps of a scheduler have alike to do.
-        const int block16 = t.half ? 3 - t.pair : t.pair;
-        MmaHalf scores;
-        multiply_keys<T, kN>(scores, queries, keys, block16, t.half, t.lane);
-        weigh<T>(scores, rows, shared_address(own.weights), block16, t.half, log_rank, t.lane);
-      }
+      multiply_keys<T, kN>(queries, keys, rows, shared_address(own.weights), t.pair, t.half,
+                           log_rank, t.lane);
       multiply_state<T, kN>(sums, h, queries, t.half, t.lane);
       wait_for_all_but<1>();
       __syncthreads();
