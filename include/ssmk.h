@@ -40,7 +40,8 @@
  *   A row's result does not depend on the other rows of its batch: in state_update and the
  *   convolutions always, in the other operations when SSMK_BATCH_INVARIANT is set.  Devices, dtypes,
  *   sizes and layouts may choose the order in which a sum is added up.  On a GPU several bfloat16
- *   tokens of Mamba-2 are matrix products, where what is infinite in B or in a state gives NaN.
+ *   tokens of Mamba-2, and those of Mamba-3, may be matrix products, where what is infinite in a
+ *   factor gives NaN.
  *
  * Words used below.
  *   batch rows, seqlen tokens, T tokens of one decode call, dim channels, nheads, headdim, ngroups,

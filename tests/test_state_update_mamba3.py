@@ -129,6 +129,102 @@ def test_usual_layers(ops, rng, dtype, T, rank):
             assert_same_bits(strided[name], after[name], name)
 
 
+def bfloat16_layer(rank, T, states, **more):
+    """Of a bfloat16 model, for which a backend may have matrix products."""
+    dtypes = dict.fromkeys(("x", "z", "B", "C", "trap", "angles", "k_state", "v_state"), BF16)
+    dtypes["state"] = states
+    more = {"parts": SISO if rank is None else MIMO, "dtype": dtypes, "nangles": 32, **more}
+    return Update(4, T, nheads=2, headdim=64, dstate=128, rank=rank, **more)
+
+
+BFLOAT16_LAYERS = [
+    pytest.mark.parametrize("states", (F32, BF16), ids=str),
+    pytest.mark.parametrize("T", [None, 2, 3, 4]),
+    pytest.mark.parametrize("rank", [None, 4]),
+]
+
+
+def bfloat16_layers(test):
+    for mark in BFLOAT16_LAYERS:
+        test = mark(test)
+    return test
+
+
+@pytest.mark.core
+@ROTARY
+@bfloat16_layers
+def test_layers_of_a_bfloat16_model(ops, rng, states, T, rank, rotary):
+    p = bfloat16_layer(rank, T, states, rotary=rotary)
+    check(ops, rng, replace(p, pool=9, reads=0, writes=0, pads=0))
+    check(ops, rng, replace(p, nheads=4, pool=9, reads=0, pad_slot=3, ngroups=2, nangles=64))
+    check(ops, rng, replace(p, headdim=40, counts=True, pool=9, reads=0, writes=0))
+    check(ops, rng, replace(p, headdim=6, ngroups=2, parts=("adt", "trap"), nangles=0, has=()))
+    some = tuple(name for name in p.parts if name not in ("adt", "mimo_out"))
+    check(ops, rng, replace(p, parts=some, nangles=7, keep_state=True, dt_limit=(0.05, 0.2)))
+    check(ops, rng, replace(p, trap_sigmoid=True, softplus=False, dtype={**p.dtype, "out": BF16}))
+    weights = dict.fromkeys((*p.parts, "dt", "D", "dt_bias"), BF16)
+    check(ops, rng, replace(p, parts=some, dtype={**weights, **p.dtype}, index_dtype=I32, reads=0))
+
+
+@bfloat16_layers
+def test_rows_slots_and_tokens_of_a_bfloat16_model(ops, rng, states, T, rank):
+    """The bits are those of each row alone, of other slots, and of fewer tokens."""
+    p = bfloat16_layer(rank, T, states)
+    a, start = make(rng, p), copies(pools(rng, p, {}))
+    want, after = run(ops, a, start)
+
+    for row in (0, 3):
+        one = slice(row, row + 1)
+        out, alone = run(ops, rows_of(a, one), {n: s[one] for n, s in start.items()})
+        assert_same_bits(out[0], want[row])
+        for name in STATES:
+            assert_same_bits(alone[name][0], after[name][row], name)
+
+    pool = {n: np.concatenate([s, s * 0]) for n, s in start.items()}
+    reads, writes = np.array([2, 0, 3, 1]), np.array([7, 4, 5, 6])
+    turned = rows_of(a, reads)
+    out, moved = run(ops, turned, pool, state_indices=reads, state_indices_out=writes)
+    assert_same_bits(out, want[reads])
+    for name in STATES:
+        assert_same_bits(moved[name][:4], start[name], f"{name}: slots that are only read")
+        assert_same_bits(moved[name][writes], after[name][reads], name)
+
+    out, moved = run(ops, turned, pool, state_indices=reads, state_indices_out=writes,
+                     num_tokens=np.zeros(4, np.int64))
+    assert (out == 0).all()
+    for name in STATES:
+        assert_same_bits(moved[name][writes], start[name][reads], f"{name}: without tokens")
+
+
+@pytest.mark.parametrize("T", [2, 4])
+@pytest.mark.parametrize("states", (F32, BF16), ids=str)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_nan_of_a_bfloat16_model_stays_where_it_is(ops, rng, rank, states, T):
+    """In its row of the batch, its row of x, and among the tokens that follow."""
+    p = bfloat16_layer(rank, T, states)
+    a, start = make(rng, p), copies(pools(rng, p, {}))
+    clean, clean_after = run(ops, a, start)
+    for name in (n for n in TOKENS if a.get(n) is not None):
+        dirty = {**a, name: a[name].copy()}
+        dirty[name][2, T - 1] = np.nan
+        out, after = run(ops, dirty, start)
+        assert np.isnan(out[2, T - 1]).any(), f"{name}: NaN was lost"
+        assert_same_bits(out[2, : T - 1], clean[2, : T - 1], name)
+        out, fewer = run(ops, dirty, start, num_tokens=np.array([T, T, T - 1, T]))
+        assert_same_bits(out[2, : T - 1], clean[2, : T - 1], name)
+        assert np.isfinite(wide(out)).all()
+        for state in STATES:
+            rest = [0, 1, 3]
+            assert_same_bits(after[state][rest], clean_after[state][rest], state)
+            assert np.isfinite(wide(fewer[state])).all(), f"{name} reached {state}"
+    dirty = {**a, "x": a["x"].copy()}
+    dirty["x"][1, 0, 1, 5] = np.nan
+    out, after = run(ops, dirty, start)
+    others = np.arange(64) != 5
+    assert_same_bits(out[..., others], clean[..., others])
+    assert_same_bits(after["state"][:, :, others], clean_after["state"][:, :, others])
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("states", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

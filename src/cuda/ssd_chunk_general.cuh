@@ -284,10 +284,10 @@ struct GeneralBlock {
       for (int k = 0; k < ranks; ++k) {
         float u[kRows], key[kChunks][4];
         read_rows(values, u);
-        if (kSiso) read_states(keys, log_lanes, key);
+        if (kSiso && kLogLanes >= 0) read_states(keys, log_lanes, key);
         // In the shadow of the products.
         if (k == 0) sum_up(y, sums, log_lanes, state_tile > 0);
-        if (!kSiso) read_states(keys, log_lanes, key);
+        if (!kSiso || kLogLanes < 0) read_states(keys, log_lanes, key);
         add_product<kWalk>(key, write, u, state, log_lanes);
         keys += padded, values += block_rows;
       }
@@ -321,7 +321,7 @@ struct GeneralBlock {
     lane = thread & ((1 << log_lanes()) - 1), mine = thread >> log_lanes();
     const bool before = work.flags.has_before && p.trap.given();
     const bool slow = __all_sync(~0u, (thread & 31) >= tokens || work.terms()[thread & 31].slow());
-    const float share = before ? shared[s.owed + work.first_term] : 0.0f;
+    const float share = before ? shared[s.owed + work.found.first_term] : 0.0f;
     for (int i = 0; i < s.row_tiles; ++i)
       for (int j = 0; j < s.state_tiles; ++j) {
         bring(tile(i, j));
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
     work.clear();
   }
 
-  if (threadIdx.x == 0) found.last = -1, found.nterms = 0;
+  if (threadIdx.x == 0) found.last = -1, found.nterms = found.first_term = 0;
   work.find_capture(span.begin);
   for (;;) {
     __syncthreads();
@@ -385,9 +385,9 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
       tokens = run.tokens;
       if (run.pads) {
         work.zero_output(span.begin, span.begin + tokens);
-        work.skip(tokens);
+        work.skip();
         __syncthreads();
-        if (threadIdx.x == 0) span.begin += tokens;
+        if (threadIdx.x == 0) work.advance(tokens);
         continue;
       }
       if (run.fresh) {
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2)
       work.keep_last(tokens);
       __syncthreads();
       if (threadIdx.x == 0) {
-        span.begin += tokens;
+        work.advance(tokens);
         if (p.seqs.seq_idx.given()) found.last = work.id();
       }
     }

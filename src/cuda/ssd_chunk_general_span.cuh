@@ -58,10 +58,10 @@ struct Span {
 };
 
 // In shared memory: the next token that is captured, one of its captures, the id of the last token,
-// and the tokens whose decays and weights are there.
+// the tokens whose decays and weights are there, and the number of the next token among them.
 struct Found {
   int64_t token, capture, last;
-  int nterms;
+  int nterms, first_term;
 };
 
 struct Run {
@@ -196,7 +196,7 @@ struct SpanWork {
   const SsdChunkProblem &p;
   const GeneralPlan &s;
   float *const shared;
-  const Span &span;  // in shared memory
+  Span &span;  // in shared memory
   Found &found;
   // In one register.
   struct Flags {
@@ -207,10 +207,9 @@ struct SpanWork {
     unsigned parity : 1;      // which of two v_before it is
     unsigned careful : 1;     // states may not be finite
   } flags = {};
-  int first_term = 0;  // the next token's, of those that are there
 
   __device__ __forceinline__ SpanWork(const SsdChunkProblem &problem, const GeneralPlan &plan,
-                                      float *memory, const Span &here, Found &captures)
+                                      float *memory, Span &here, Found &captures)
       : p(problem), s(plan), shared(memory), span(here), found(captures) {}
 
   __device__ __forceinline__ int ranks() const { return kSiso ? 1 : s.rank; }
@@ -225,7 +224,7 @@ struct SpanWork {
     return shared + s.v_before + flags.parity * s.block_rows;
   }
   __device__ __forceinline__ const TokenTerms *terms() const {
-    return reinterpret_cast<const TokenTerms *>(shared + s.terms) + first_term;
+    return reinterpret_cast<const TokenTerms *>(shared + s.terms) + found.first_term;
   }
   __device__ __forceinline__ double *theta() const {
     return reinterpret_cast<double *>(shared + s.theta);
@@ -392,6 +391,12 @@ struct SpanWork {
     while (run.tokens < most && ids[run.tokens] == ids[0]) ++run.tokens;
     return run;
   }
+  // By one thread, between two barriers.
+  __device__ __forceinline__ void advance(int tokens) {
+    span.begin += tokens;
+    found.first_term = found.first_term < kTermTokens ? found.first_term + tokens : kTermTokens;
+  }
+
   __device__ __forceinline__ int64_t id() const {
     return *reinterpret_cast<const int64_t *>(shared + s.ids);
   }
@@ -404,7 +409,6 @@ struct SpanWork {
     TokenTerms *const terms = reinterpret_cast<TokenTerms *>(shared + s.terms);
     const bool trap = p.trap.given();
     bool bad = false;
-    first_term = 0;
     for (int i = this_thread(); i < count; i += blockDim.x) {
       // All are under way before one is used.
       const uint32_t dt_bits = load_given(p.dt.at(span.row, t + i, span.head), p.dt.dtype),
@@ -432,7 +436,7 @@ struct SpanWork {
       shared[s.owed + i] = owed, shared[s.dt + i] = dt;
     }
     flags.terms_bad = __syncthreads_or(bad) != 0;
-    if (this_thread() == 0) found.nterms = count;
+    if (this_thread() == 0) found.nterms = count, found.first_term = 0;
     if (trap)
       for (int i = this_thread(); i + 1 < count; i += blockDim.x)
         terms[i].write = terms[i].gamma + shared[s.owed + i + 1];
@@ -573,7 +577,8 @@ struct SpanWork {
     each_angle([&](int j) {
       double at = theta()[j];
       for (int i = 0; i < tokens; ++i) {
-        at += double(shared[s.sine + i * s.nangles + j]) * double(shared[s.dt + first_term + i]);
+        at += double(shared[s.sine + i * s.nangles + j]) *
+              double(shared[s.dt + found.first_term + i]);
         const double reduced = within_two(at);
         const float high = float(reduced);
         shared[s.sine + i * s.nangles + j] = high;
@@ -632,7 +637,7 @@ struct SpanWork {
   __device__ __forceinline__ bool prepare(int tokens) {
     const int64_t t = span.begin;
     __syncthreads();
-    if (first_term + tokens > found.nterms) make_terms(t);
+    if (found.first_term + tokens > found.nterms) make_terms(t);
     if (!flags.sent) send_for(t);
     wait_for_copies();
     __syncthreads();
@@ -748,16 +753,14 @@ struct SpanWork {
     });
   }
 
-  // Pads that come next.
-  __device__ __forceinline__ void skip(int tokens) {
-    first_term = first_term < kTermTokens ? first_term + tokens : kTermTokens;
+  // Pads came next.
+  __device__ __forceinline__ void skip() {
     wait_for_copies();
     flags.sent = false;
   }
 
   // For the next span, and for the states.
   __device__ __forceinline__ void keep_last(int tokens) {
-    first_term += tokens;
     if (!p.trap.given()) return;
     const int first = (tokens - 1) * ranks();
     each_key([&](float &k, int r, int n) { k = shared[s.K + (first + r) * s.padded + n]; });

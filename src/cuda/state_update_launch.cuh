@@ -8,7 +8,8 @@
 namespace ssmk::cuda {
 
 ssmk_status state_update_mamba3(const StateUpdateProblem &, const Call &);
-// False if the call is none for its kernels; else *status says how it went.
+// False if the call is none for their kernels; else *status says how it went.
+bool state_update_mamba3_mma(const StateUpdateProblem &, const Call &, ssmk_status *status);
 bool state_update_tied(const StateUpdateProblem &, const Call &, ssmk_status *status);
 
 constexpr int64_t kMostGrid = 65535;        // blocks along y and z

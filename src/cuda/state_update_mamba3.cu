@@ -141,6 +141,7 @@ ssmk_status mamba3(const Cut &cut, const StateUpdateProblem &q, const Call &call
 
 ssmk_status state_update_mamba3(const StateUpdateProblem &p, const Call &call) {
   const Cut cut = mamba3_cut(p.dstate);
+  if (ssmk_status status; state_update_mamba3_mma(p, call, &status)) return status;
   if (cut.chunks == 0) return too_long(call, p.dstate, kMostLanes * kMamba3Chunks * kEight);
   if (p.state.dtype == DType::kF32) return mamba3<float>(cut, p, call);
   if (p.state.dtype == DType::kF16) return mamba3<__half>(cut, p, call);

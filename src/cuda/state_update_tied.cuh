@@ -108,6 +108,18 @@ __device__ __forceinline__ TiedSlots tied_slots(const TiedProblem &p, int b, con
   return slots;
 }
 
+template <class X>
+__device__ __forceinline__ float tied_dt(const TiedProblem &p, uint32_t dt_bits,
+                                         uint32_t bias_bits) {
+  float dt = either_value<X>(dt_bits, p.flags & kWideDt);
+  const float biased = dt + either_value<X>(bias_bits, p.flags & kWideBias);
+  if (p.flags & kHasBias) dt = biased;
+  const float soft = softplus(dt);
+  if (p.flags & kSoftplus) dt = soft;
+  dt = dt < p.dt_lo ? p.dt_lo : dt;
+  return dt > p.dt_hi ? p.dt_hi : dt;
+}
+
 // dt' and its decay.
 struct TiedStep {
   float dt, decay;
@@ -116,13 +128,7 @@ struct TiedStep {
 template <class X>
 __device__ __forceinline__ TiedStep tied_step(const TiedProblem &p, uint32_t dt_bits,
                                               uint32_t bias_bits, uint32_t A_bits) {
-  float dt = either_value<X>(dt_bits, p.flags & kWideDt);
-  const float biased = dt + either_value<X>(bias_bits, p.flags & kWideBias);
-  if (p.flags & kHasBias) dt = biased;
-  const float soft = softplus(dt);
-  if (p.flags & kSoftplus) dt = soft;
-  dt = dt < p.dt_lo ? p.dt_lo : dt;
-  dt = dt > p.dt_hi ? p.dt_hi : dt;
+  const float dt = tied_dt<X>(p, dt_bits, bias_bits);
   return {dt, exp2_fast(dt * (either_value<X>(A_bits, p.flags & kWideA) * kLog2e))};
 }
 

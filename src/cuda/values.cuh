@@ -4,8 +4,8 @@
 //
 // Arithmetic is float32; a store rounds once, to nearest even.  Kernels write fmaf() where they
 // mean one: whether the compiler contracts a * b + c differs from one instantiation to the next,
-// and the fast paths must give the bits of the general one (but for state_update_mma.cuh, which
-// adds in another order).
+// and the fast paths must give the bits of the general one (but for matrix products, which add in
+// another order).
 #pragma once
 
 #include <cuda_bf16.h>
