@@ -35,7 +35,7 @@ bool fits(const StateUpdateProblem &q, Mamba3Mma *p) {
   };
   if (q.dstate != kMma3States || q.headdim < 2 || q.headdim > kMma3Rows || q.headdim % 2 ||
       m.nangles > kMma3Angles || q.ntokens > kMma3Tokens || m.norm_weight.given() ||
-      !q.trap.given() ||
+      !q.trap.given() || m.rotary_half != (m.rank > 1) ||
       (m.rank == 1 ? m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given() : m.rank != 4))
     return false;
   if (!q.adt.given() && !(one_decay(q) && q.A.stride[1] == 0)) return false;
@@ -67,8 +67,7 @@ bool fits(const StateUpdateProblem &q, Mamba3Mma *p) {
              flag(m.mimo_x.given(), kHasPsi) | flag(m.mimo_z.given(), kHasZeta) |
              flag(m.mimo_out.given(), kHasPhi) | wide(m.mimo_x, kWidePsi) |
              wide(m.mimo_z, kWideZeta) | wide(m.mimo_out, kWidePhi) |
-             flag(m.rotary_half, kRotaryHalf) | flag(q.slots.keep_state, kKeepState) |
-             wide(q.out, kWideOut);
+             flag(q.slots.keep_state, kKeepState) | wide(q.out, kWideOut);
   p->nangles = q.angles.given() ? int(m.nangles) : 0;
   // What is not given is read all the same, in the place of something as large.
   if (!q.slots.in.given()) p->in = {q.x.data, 0};
@@ -89,19 +88,22 @@ bool fits(const StateUpdateProblem &q, Mamba3Mma *p) {
          narrow_stride(q.out.stride[2], q.out.dtype, &p->out_rank);
 }
 
-template <class S, int kRank, int kTokens, int kBlocks>
+template <class S, int kRank, int kTokens, int kTiles, bool kHeld, int kBlocks>
 ssmk_status run(const Mamba3Mma &p, const StateUpdateProblem &q, const Call &call) {
-  return each_grid(p, update_mamba3_mma<S, kRank, kTokens, kBlocks>, 1, q.nheads, q.batch,
-                   kMma3Threads, MmaRoom<S, (kRank > 1 && kTokens > 1), kTokens>::bytes, call);
+  constexpr bool kMany = kRank > 1 && kTokens > 1;
+  return each_grid(p, update_mamba3_mma<S, kRank, kTokens, kTiles, kHeld, kBlocks>, 1, q.nheads,
+                   q.batch, 128 / kTiles, MmaRoom<S, kMany, kTokens, kHeld>::bytes, call);
 }
 
+// As measured on 9.0, of those that need no more registers than there are.
 template <class S>
 ssmk_status take(const Mamba3Mma &p, const StateUpdateProblem &q, const Call &call) {
   constexpr bool kWide = sizeof(S) == 4;
-  if (q.mamba3.rank == 1) return run<S, 1, kMma3Tokens, kWide ? 5 : 7>(p, q, call);
+  if (q.mamba3.rank == 1) return run<S, 1, kMma3Tokens, 1, true, kWide ? 4 : 5>(p, q, call);
   if constexpr (!kWide)
-    if (q.ntokens == 1) return run<S, 4, 1, 8>(p, q, call);
-  return run<S, 4, kMma3Tokens, kWide ? 3 : 4>(p, q, call);
+    if (q.ntokens == 1) return run<S, 4, 1, 2, false, 8>(p, q, call);
+  if (q.ntokens == 2) return run<S, 4, 2, 1, false, kWide ? 4 : 5>(p, q, call);
+  return run<S, 4, kMma3Tokens, 1, false, kWide ? 3 : 4>(p, q, call);
 }
 
 }  // namespace

@@ -9,7 +9,6 @@
 
 namespace ssmk::cuda {
 
-constexpr int kMma3Threads = 128;
 constexpr int kMma3States = 128;  // dstate
 constexpr int kMma3Rows = 64;     // headdim, at most
 constexpr int kMma3Angles = 64;   // at most
@@ -42,9 +41,8 @@ enum Mamba3Flags : uint32_t {
   kWidePsi = 4096,
   kWideZeta = 8192,
   kWidePhi = 16384,
-  kRotaryHalf = 32768,
-  kKeepState = 65536,
-  kWideOut = 131072,
+  kKeepState = 32768,
+  kWideOut = 65536,
 };
 
 // What the kernel needs of a StateUpdateProblem; inputs and the small states are bfloat16, but for
@@ -113,7 +111,7 @@ __device__ void copy_slot(const Mamba3Mma &p, int in, int out, int head) {
   const auto copy = [&](char *base, int32_t slot, int64_t offset, int bytes) {
     const char *const from = base + int64_t(in) * slot + offset;
     char *const to = base + int64_t(out) * slot + offset;
-    for (int i = threadIdx.x * 4; i < bytes; i += kMma3Threads * 4)
+    for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4)
       *reinterpret_cast<uint32_t *>(to + i) = *reinterpret_cast<const uint32_t *>(from + i);
   };
   copy(p.state, p.state_slot, int64_t(head) * p.state_head,
@@ -129,30 +127,34 @@ __device__ void copy_slot(const Mamba3Mma &p, int in, int out, int head) {
 // part is a token or a rank, of several tokens of four ranks 4 token + rank.
 constexpr int kFactorPitch = kMma3States / 2 + 4;  // words from one row to the next
 
-// First rows.  What a matrix takes together lies in different banks.
+// Where they stand: what a matrix takes together lies in different banks.
 template <bool kMany>
 struct FactorRows {
-  static constexpr int old = kMany ? 96 : 20, zero = kMany ? 100 : 24, count = kMany ? 101 : 32;
+  static constexpr int zero = kMany ? 104 : 24, count = kMany ? 105 : 32;
 
-  __device__ static constexpr int key(int part) {
-    return kMany ? 16 * part : part == 0 ? 0 : part == 1 ? 4 : 12;
+  // Of a key and a query; of the key before the first token, of a rank.
+  __device__ static constexpr int key(int part, int i) {
+    return kMany ? 16 * part + (i ^ (i >> 2 & 2)) : (part == 0 ? 0 : part == 1 ? 4 : 12) + i;
   }
-  __device__ static constexpr int query(int part) {
-    return kMany ? 48 + 16 * part : part == 0 ? 16 : part == 1 ? 28 : 8;
+  __device__ static constexpr int query(int part, int i) {
+    return kMany ? 48 + 16 * part + i : (part == 0 ? 16 : part == 1 ? 28 : 8) + i;
   }
+  __device__ static constexpr int old(int rank) { return kMany ? 96 + (rank ^ 1) : 20 + rank; }
 };
 
-// Where things stand in shared memory: the states as packs, then, in words, the factors, sines and
-// cosines, the steps of angles; decays and the two parts of the
-// trapezoid of each token; products of keys and queries.
-template <class S, bool kMany, int kTokens>
+// Where things stand in shared memory: states as packs, then, in words, the factors, sines and
+// cosines, the steps of angles, the decay and the two parts of the trapezoid of each token,
+// products of keys and queries.
+template <class S, bool kMany, int kTokens, bool kHeld>
 struct MmaRoom {
-  static constexpr int factors = kMma3Rows * kMma3States * int(sizeof(S)) / 4;  // after `states`
+  // After states that do not go to registers.
+  static constexpr int factors = kHeld ? 0 : kMma3Rows * kMma3States * int(sizeof(S)) / 4;
   static constexpr int turns = FactorRows<kMany>::count * kFactorPitch;
   static constexpr int steps = turns + 2 * kTokens * kMma3Angles;
   static constexpr int coefs = steps + (kTokens > 1 ? kTokens * kMma3Angles : 0);
   static constexpr int products = coefs + 12;
-  static constexpr int bytes = (factors + products + (kMany ? 14 * 64 : 0)) * 4;
+  static constexpr int bytes =
+      (factors + products + (kMany ? kTokens * (kTokens + 3) / 2 * 64 : 0)) * 4;
 };
 
 // Where a word of two neighbouring states stands in its row: word k of the pack of lane q is word
