@@ -138,17 +138,27 @@ __device__ __forceinline__ int this_thread() {
   return thread;
 }
 
+// Some threads of a block that work together: this one's number among them, and their count.
+struct Team {
+  int thread, threads;
+};
+__device__ __forceinline__ Team whole_block() { return {this_thread(), int(blockDim.x)}; }
+
 // f(row, column) of a table whose columns fit 2^log threads, if there are so many.
 template <class F>
-__device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
-  const int thread = this_thread(), most = 31 - __clz(blockDim.x);
+__device__ __forceinline__ void each_cell(Team team, int rows, int columns, int log, const F &f) {
+  const int most = 31 - __clz(team.threads);
   if (log > most) log = most;
-  const int group = thread >> log, groups = blockDim.x >> log, width = 1 << log;
+  const int group = team.thread >> log, groups = team.threads >> log, width = 1 << log;
   if (group >= groups) return;
 #pragma unroll 1
   for (int row = group; row < rows; row += groups)
 #pragma unroll 1
-    for (int column = thread & (width - 1); column < columns; column += width) f(row, column);
+    for (int column = team.thread & (width - 1); column < columns; column += width) f(row, column);
+}
+template <class F>
+__device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
+  each_cell(whole_block(), rows, columns, log, f);
 }
 
 // Rows and columns of a tensor of floats; strides in bytes.
@@ -170,21 +180,21 @@ __device__ __forceinline__ Table table_of(const View<Rank> &v, char *first, int 
 
 // The same for cells that come from memory: several loads are under way at once.
 template <class Put>
-__device__ __forceinline__ void each_loaded(const Table &from, int rows, int columns, int log,
-                                            const Put &put) {
+__device__ __forceinline__ void each_loaded(Team team, const Table &from, int rows, int columns,
+                                            int log, const Put &put) {
   constexpr int kAtOnce = 4;
   const int count = rows << log;
 #pragma unroll 1
-  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
+  for (int first = team.thread; first < count; first += kAtOnce * team.threads) {
     uint32_t bits[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
+      const int i = first + j * team.threads, row = i >> log, column = i & ((1 << log) - 1);
       if (i < count && column < columns) bits[j] = load_bits(from.at(row, column), from.dtype);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
+      const int i = first + j * team.threads, row = i >> log, column = i & ((1 << log) - 1);
       if (i < count && column < columns)
         put(row, column, Pack<float, 1>{{value_of(bits[j], from.dtype)}});
     }
@@ -456,114 +466,117 @@ struct SpanWork {
     return which <= kQueries ? s.dstate : which == kTurns ? s.nangles : rows();
   }
 
+  // f(tensor, team) of all tensors that there are.  Each is the work of some warps only, so that a
+  // warp has the addresses of few to compute.
+  template <class F>
+  __device__ __forceinline__ void each_source(const F &f) const {
+    const bool z = p.z.given();
+    const int thread = this_thread(), warp = thread / 32, warps = blockDim.x / 32;
+    const int count = 3 + z + p.angles.given(), teams = count < warps ? count : warps;
+    const int mine = warp % teams, mates = (warps - mine + teams - 1) / teams;
+    const Team team = {warp / teams * 32 + (thread & 31), 32 * mates};
+#pragma unroll 1
+    for (int i = mine; i < count; i += teams) f(i < 3 ? i : i == 3 && z ? kZ : kTurns, team);
+  }
+
   // Sends for the tokens of a span.
   __device__ __forceinline__ void send_for(int64_t t) {
     const int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
     flags.sent = true;
-#pragma unroll 1
-    for (int which = 0; which < kSources; ++which) {
+    each_source([&](int which, Team team) {
       const Source &from = s.sources[which];
-      if (!from.ahead) continue;
+      if (!from.ahead) return;
       const int ranks = which <= kQueries ? this->ranks() : 1, pitch = from.pitch,
                 log_each = from.dtype == DType::kF32 ? 2 : 3;
       for (int r = 0; r < ranks; ++r) {
         const Table table = part_of(from, which, t, r);
         char *const to = reinterpret_cast<char *>(shared + from.at) + r * pitch;
-        each_cell(tokens, columns_of(which) >> log_each, from.log - log_each, [&](int row, int i) {
-          copy_ahead(to + row * ranks * pitch + i * 16, table.at(row) + i * 16);
-        });
+        each_cell(team, tokens, columns_of(which) >> log_each, from.log - log_each,
+                  [&](int row, int i) {
+                    copy_ahead(to + row * ranks * pitch + i * 16, table.at(row) + i * 16);
+                  });
       }
-    }
+    });
   }
 
   // put(row, column, values) of rank r: four neighbours that came ahead, or one where they did not.
   template <class Put>
-  __device__ __forceinline__ void each_staged(int which, int64_t t, int tokens, int ranks, int r,
-                                              const Put &put) const {
+  __device__ __forceinline__ void each_staged(Team team, int which, int64_t t, int tokens,
+                                              int ranks, int r, const Put &put) const {
     const Source &from = s.sources[which];
     const int columns = columns_of(which);
-    if (!from.ahead) return each_loaded(part_of(from, which, t, r), tokens, columns, from.log, put);
+    if (!from.ahead)
+      return each_loaded(team, part_of(from, which, t, r), tokens, columns, from.log, put);
     const char *const base = reinterpret_cast<const char *>(shared + from.at) + r * from.pitch;
     const int pitch = ranks * from.pitch;
     const DType dtype = from.dtype;
     const int four = dtype == DType::kF32 ? 16 : 8;
-    each_cell(tokens, columns / 4, from.log - 2, [&](int row, int i) {
+    each_cell(team, tokens, columns / 4, from.log - 2, [&](int row, int i) {
       put(row, 4 * i, read_four(base + row * pitch + i * four, dtype));
     });
   }
 
-  // Keys and queries with their biases.  Returns NaN if a key is not finite, else 0.
-  __device__ __forceinline__ float stage_keys(int64_t t, int tokens) const {
-    float bad = 0.0f;
+  // Keys or queries with their biases.  Returns NaN if one is not finite, else 0.
+  __device__ __forceinline__ float stage_keys(Team team, int which, int64_t t, int tokens) const {
     const int ranks = this->ranks(), padded = s.padded;
-#pragma unroll 1
-    for (int which = kKeys; which <= kQueries; ++which) {
-      const bool keys = which == kKeys;
-      const bool biased = (keys ? p.mamba3.B_bias : p.mamba3.C_bias).given();
-      const float *const biases = shared + (keys ? s.B_bias : s.C_bias);
-      float *const to = shared + (keys ? s.K : s.Q);
-      float sum = 0.0f;
-      for (int r = 0; r < ranks; ++r) {
-        const float *const bias = biases + r * padded;
-        each_staged(which, t, tokens, ranks, r, [&](int token, int n, auto v) {
-          using Values = decltype(v);
-          constexpr int kCount = int(sizeof(v) / sizeof(float));
-          if (biased) {
-            const Values b = *reinterpret_cast<const Values *>(bias + n);
+    const bool keys = which == kKeys;
+    const bool biased = (keys ? p.mamba3.B_bias : p.mamba3.C_bias).given();
+    const float *const biases = shared + (keys ? s.B_bias : s.C_bias);
+    float *const to = shared + (keys ? s.K : s.Q);
+    float sum = 0.0f;
+    for (int r = 0; r < ranks; ++r) {
+      const float *const bias = biases + r * padded;
+      each_staged(team, which, t, tokens, ranks, r, [&](int token, int n, auto v) {
+        using Values = decltype(v);
+        constexpr int kCount = int(sizeof(v) / sizeof(float));
+        if (biased) {
+          const Values b = *reinterpret_cast<const Values *>(bias + n);
 #pragma unroll
-            for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
-          }
+          for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
+        }
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
-          *reinterpret_cast<Values *>(to + (token * ranks + r) * padded + n) = v;
-        });
-      }
-      if (keys) bad = sum;
+        for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+        *reinterpret_cast<Values *>(to + (token * ranks + r) * padded + n) = v;
+      });
     }
-    return bad;
+    return sum;
   }
 
-  // x times psi, and z; zeros in rows that there are not.  Returns NaN if an x is not finite.
-  __device__ __forceinline__ float stage_values(int64_t t, int tokens) const {
-    float bad = 0.0f;
+  // x times psi, or z; zeros in rows that there are not.  Returns NaN if one is not finite, else 0.
+  __device__ __forceinline__ float stage_values(Team team, int which, int64_t t, int tokens) const {
     const int block_rows = s.block_rows, count = rows();
     // Of the last token, for the next span.
     float *const kept = shared + s.v_before + (1 - flags.parity) * block_rows;
     const float *const psi = shared + s.psi;
-#pragma unroll 1
-    for (int which = kX; which <= kZ; ++which) {
-      const bool x = which == kX, keeps = x && p.trap.given(), has_psi = x && s.has_psi;
-      const int ranks = x ? this->ranks() : 1;
-      float *const to = shared + (x ? s.U : s.zs);
-      float sum = 0.0f;
-      if (!x && !p.z.given()) continue;
-      const auto put = [&](int token, int i, auto v) {
-        using Values = decltype(v);
-        constexpr int kCount = int(sizeof(v) / sizeof(float));
+    const bool x = which == kX, keeps = x && p.trap.given(), has_psi = x && s.has_psi;
+    const int ranks = x ? this->ranks() : 1;
+    float *const to = shared + (x ? s.U : s.zs);
+    float sum = 0.0f;
+    const auto put = [&](int token, int i, auto v) {
+      using Values = decltype(v);
+      constexpr int kCount = int(sizeof(v) / sizeof(float));
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
-        if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = v;
-        for (int r = 0; r < ranks; ++r) {
-          Values u = v;
-          if (has_psi) {
-            const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
+      for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+      if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = v;
+      for (int r = 0; r < ranks; ++r) {
+        Values u = v;
+        if (has_psi) {
+          const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
 #pragma unroll
-            for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(v.v[e], by.v[e]);
-          }
-          *reinterpret_cast<Values *>(to + (token * ranks + r) * block_rows + i) = u;
+          for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(v.v[e], by.v[e]);
         }
-      };
-      each_staged(which, t, tokens, 1, 0, put);
-      if (count < block_rows)
-        each_cell(tokens, block_rows - count, s.log_rows,
-                  [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
-      if (x) bad = sum;
-    }
-    return bad;
+        *reinterpret_cast<Values *>(to + (token * ranks + r) * block_rows + i) = u;
+      }
+    };
+    each_staged(team, which, t, tokens, 1, 0, put);
+    if (count < block_rows)
+      each_cell(team, tokens, block_rows - count, s.log_rows,
+                [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
+    return sum;
   }
 
-  __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
-    each_staged(kTurns, t, tokens, 1, 0, [&](int i, int j, auto v) {
+  __device__ __forceinline__ void stage_angles(Team team, int64_t t, int tokens) const {
+    each_staged(team, kTurns, t, tokens, 1, 0, [&](int i, int j, auto v) {
 #pragma unroll
       for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
         shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
@@ -641,9 +654,19 @@ struct SpanWork {
     if (!flags.sent) send_for(t);
     wait_for_copies();
     __syncthreads();
-    const float keys = stage_keys(t, tokens), values = stage_values(t, tokens);
-    if (p.angles.given()) stage_angles(t, tokens);
-    const bool bad = __syncthreads_or(keys != 0.0f || values != 0.0f);
+    float sum = 0.0f;  // NaN if something that goes into the states is not finite
+    each_source([&](int which, Team team) {
+      if (which <= kQueries) {
+        const float any = stage_keys(team, which, t, tokens);
+        if (which == kKeys) sum += any;
+      } else if (which <= kZ) {
+        const float any = stage_values(team, which, t, tokens);
+        if (which == kX) sum += any;
+      } else {
+        stage_angles(team, t, tokens);
+      }
+    });
+    const bool bad = __syncthreads_or(sum != 0.0f);
     flags.sent = false;
     if (t + tokens < span.end) send_for(t + tokens);
     if (p.angles.given()) turn_keys(tokens, tokens * ranks());
