@@ -3,193 +3,9 @@
 // ssd_chunk_general.cuh, and turned into outputs after it.
 #pragma once
 
-#include "cuda/near.cuh"
-#include "cuda/state_update_mamba3_common.cuh"
+#include "cuda/ssd_chunk_general_plan.cuh"
 
 namespace ssmk::cuda {
-
-constexpr int kGeneralThreads = 256;   // at most
-constexpr int kGeneralTokens = 16;     // of a span, at most
-constexpr int kTermTokens = 128;       // whose decays and weights are made together
-constexpr int64_t kNever = INT64_MAX;  // a token that does not come
-
-// The tensors whose tokens come to shared memory.
-enum { kKeys, kQueries, kX, kZ, kTurns, kSources };
-
-// One of them: strides in bytes; `inner` is that of groups or heads.
-struct Source {
-  const char *data;
-  int64_t batch, token, rank, inner, column;
-  DType dtype;
-  // Its part of a span comes while the span before is walked, around the registers: rows of `pitch`
-  // bytes from float number `at` on.
-  bool ahead;
-  int at, pitch;
-  int log;  // of the power of two that holds its columns, of 4 at least
-};
-
-// The cut of a call.  Offsets into shared memory count floats and are multiples of 4.
-struct GeneralPlan {
-  int threads, log_lanes, rows;  // rows: of a tile
-  int row_tiles, state_tiles;    // of a block
-  int tile_states, padded;       // states of a tile, and of all
-  int block_rows, slices;        // rows of a block; blocks of a head
-  int tokens, steps;             // of a span; a step is a rank of a token
-  int headdim, dstate, rank, nangles;
-  int log_rows, log_angles, log_tile;  // of the powers of two that hold a row of work
-  bool has_psi, out_quads, final_quads, captured_quads;
-  Source sources[kSources];
-  int states, K, Q, U, Y, zs, kq, sine, cosine, theta, raw_theta, k_before, v_before;
-  int psi, zeta, phi, D, norm, B_bias, C_bias, terms, owed, dt, scales, ids;
-};
-
-struct GeneralLaunch {
-  SsdChunkProblem p;
-  GeneralPlan plan;
-  int64_t first_seq, first_head;
-};
-
-// One block's work.
-struct Span {
-  int64_t row, begin, end, slot, head, group;  // begin: of the tokens that are left
-  int64_t block;                               // number of it in the whole call
-  int first_row;
-  bool pad, has_initial;
-};
-
-// In shared memory: the next token that is captured, one of its captures, the id of the last token,
-// the tokens whose decays and weights are there, and the number of the next token among them.
-struct Found {
-  int64_t token, capture, last;
-  int nterms, first_term;
-};
-
-struct Run {
-  int tokens;
-  bool pads, fresh;  // fresh: a sequence starts
-};
-
-// Of a token, for the walk.
-struct alignas(16) TokenTerms {
-  float decay, decay_less_1;
-  float write;  // what its product is multiplied by, with what the next token owes to it
-  float gamma;  // without that
-
-  // Multiplied as h + (d - 1) h.
-  __device__ __forceinline__ bool slow() const { return fabsf(decay_less_1) < 0.5f; }
-};
-
-__device__ __forceinline__ bool not_finite(float v) {
-  return (__float_as_uint(v) & 0x7f800000u) == 0x7f800000u;
-}
-
-__device__ __forceinline__ double within_two(double half_turns) {
-  return half_turns - 2.0 * floor(half_turns * 0.5);
-}
-
-// What a device tensor says is held within the sizes: the host cannot check it.
-__device__ __forceinline__ Span span_of(const GeneralLaunch &g) {
-  const SsdChunkProblem &p = g.p;
-  const int64_t i = g.first_seq + blockIdx.z;
-  const auto bound = [&](int64_t k) {
-    const int64_t at = read_index(p.seqs.cu_seqlens, k);
-    return at < 0 ? 0 : at > p.seqlen ? p.seqlen : at;
-  };
-  const bool packed = p.seqs.cu_seqlens.given();
-  const Slot slot = slot_of(p.seqs.state_indices, p.seqs.pad, i);
-  Span s;
-  s.row = packed ? 0 : i;
-  s.begin = packed ? bound(i) : 0;
-  s.end = packed ? bound(i + 1) : p.seqlen;
-  s.slot = slot.index;
-  s.pad = slot.pad;
-  s.has_initial = !p.seqs.has_initial_state.given() || *p.seqs.has_initial_state.at(i) != 0;
-  s.head = g.first_head + blockIdx.y;
-  s.group = s.head / (p.nheads / p.ngroups);
-  s.block = (i * p.nheads + s.head) * g.plan.slices + blockIdx.x;
-  s.first_row = int(blockIdx.x) * g.plan.block_rows;
-  return s;
-}
-
-// Four neighbours in shared memory, aligned to the bytes that they fill.
-__device__ __forceinline__ Pack<float, 4> read_four(const char *p, DType dtype) {
-  if (dtype == DType::kF32) return *reinterpret_cast<const Pack<float, 4> *>(p);
-  const uint2 bits = *reinterpret_cast<const uint2 *>(p);
-  const float2 a = two_values({bits.x, 0}, dtype), b = two_values({bits.y, 0}, dtype);
-  return {{a.x, a.y, b.x, b.y}};
-}
-
-// Four neighbours to memory, aligned to the bytes that they fill.
-__device__ __forceinline__ void store_four(char *p, DType dtype, const float (&v)[4]) {
-  if (dtype == DType::kF32) {
-    *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]);
-  } else if (dtype == DType::kF16) {
-    store_pack(reinterpret_cast<__half *>(p), narrow_pack<__half>(v));
-  } else {
-    store_pack(reinterpret_cast<__nv_bfloat16 *>(p), narrow_pack<__nv_bfloat16>(v));
-  }
-}
-
-// The thread's number, of which the compiler knows nothing: what is computed from it is not kept in
-// registers from span to span, where the states need them.
-__device__ __forceinline__ int this_thread() {
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
-}
-
-// f(row, column) of a table whose columns fit 2^log threads, if there are so many.
-template <class F>
-__device__ __forceinline__ void each_cell(int rows, int columns, int log, const F &f) {
-  const int thread = this_thread(), most = 31 - __clz(blockDim.x);
-  if (log > most) log = most;
-  const int group = thread >> log, groups = blockDim.x >> log, width = 1 << log;
-  if (group >= groups) return;
-#pragma unroll 1
-  for (int row = group; row < rows; row += groups)
-#pragma unroll 1
-    for (int column = thread & (width - 1); column < columns; column += width) f(row, column);
-}
-
-// Rows and columns of a tensor of floats; strides in bytes.
-struct Table {
-  char *data;
-  int64_t row, column;
-  DType dtype;
-
-  __device__ __forceinline__ char *at(int r, int c = 0) const {
-    return data + r * row + c * column;
-  }
-};
-
-template <int Rank>
-__device__ __forceinline__ Table table_of(const View<Rank> &v, char *first, int row, int column) {
-  const int64_t item = v.dtype == DType::kF32 ? 4 : 2;
-  return {first, v.stride[row] * item, v.stride[column] * item, v.dtype};
-}
-
-// The same for cells that come from memory: several loads are under way at once.
-template <class Put>
-__device__ __forceinline__ void each_loaded(const Table &from, int rows, int columns, int log,
-                                            const Put &put) {
-  constexpr int kAtOnce = 4;
-  const int count = rows << log;
-#pragma unroll 1
-  for (int first = this_thread(); first < count; first += kAtOnce * blockDim.x) {
-    uint32_t bits[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns) bits[j] = load_bits(from.at(row, column), from.dtype);
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * blockDim.x, row = i >> log, column = i & ((1 << log) - 1);
-      if (i < count && column < columns)
-        put(row, column, Pack<float, 1>{{value_of(bits[j], from.dtype)}});
-    }
-  }
-}
 
 template <bool kSiso>
 struct SpanWork {
@@ -456,114 +272,117 @@ struct SpanWork {
     return which <= kQueries ? s.dstate : which == kTurns ? s.nangles : rows();
   }
 
+  // f(tensor, team) of all tensors that there are.  Each is the work of some warps only, so that a
+  // warp has the addresses of few to compute.
+  template <class F>
+  __device__ __forceinline__ void each_source(const F &f) const {
+    const bool z = p.z.given();
+    const int thread = this_thread(), warp = thread / 32, warps = blockDim.x / 32;
+    const int count = 3 + z + p.angles.given(), teams = count < warps ? count : warps;
+    const int mine = warp % teams, mates = (warps - mine + teams - 1) / teams;
+    const Team team = {warp / teams * 32 + (thread & 31), 32 * mates};
+#pragma unroll 1
+    for (int i = mine; i < count; i += teams) f(i < 3 ? i : i == 3 && z ? kZ : kTurns, team);
+  }
+
   // Sends for the tokens of a span.
   __device__ __forceinline__ void send_for(int64_t t) {
     const int tokens = span.end - t < s.tokens ? int(span.end - t) : s.tokens;
     flags.sent = true;
-#pragma unroll 1
-    for (int which = 0; which < kSources; ++which) {
+    each_source([&](int which, Team team) {
       const Source &from = s.sources[which];
-      if (!from.ahead) continue;
+      if (!from.ahead) return;
       const int ranks = which <= kQueries ? this->ranks() : 1, pitch = from.pitch,
                 log_each = from.dtype == DType::kF32 ? 2 : 3;
       for (int r = 0; r < ranks; ++r) {
         const Table table = part_of(from, which, t, r);
         char *const to = reinterpret_cast<char *>(shared + from.at) + r * pitch;
-        each_cell(tokens, columns_of(which) >> log_each, from.log - log_each, [&](int row, int i) {
-          copy_ahead(to + row * ranks * pitch + i * 16, table.at(row) + i * 16);
-        });
+        each_cell(team, tokens, columns_of(which) >> log_each, from.log - log_each,
+                  [&](int row, int i) {
+                    copy_ahead(to + row * ranks * pitch + i * 16, table.at(row) + i * 16);
+                  });
       }
-    }
+    });
   }
 
   // put(row, column, values) of rank r: four neighbours that came ahead, or one where they did not.
   template <class Put>
-  __device__ __forceinline__ void each_staged(int which, int64_t t, int tokens, int ranks, int r,
-                                              const Put &put) const {
+  __device__ __forceinline__ void each_staged(Team team, int which, int64_t t, int tokens,
+                                              int ranks, int r, const Put &put) const {
     const Source &from = s.sources[which];
     const int columns = columns_of(which);
-    if (!from.ahead) return each_loaded(part_of(from, which, t, r), tokens, columns, from.log, put);
+    if (!from.ahead)
+      return each_loaded(team, part_of(from, which, t, r), tokens, columns, from.log, put);
     const char *const base = reinterpret_cast<const char *>(shared + from.at) + r * from.pitch;
     const int pitch = ranks * from.pitch;
     const DType dtype = from.dtype;
     const int four = dtype == DType::kF32 ? 16 : 8;
-    each_cell(tokens, columns / 4, from.log - 2, [&](int row, int i) {
+    each_cell(team, tokens, columns / 4, from.log - 2, [&](int row, int i) {
       put(row, 4 * i, read_four(base + row * pitch + i * four, dtype));
     });
   }
 
-  // Keys and queries with their biases.  Returns NaN if a key is not finite, else 0.
-  __device__ __forceinline__ float stage_keys(int64_t t, int tokens) const {
-    float bad = 0.0f;
+  // Keys or queries with their biases.  Returns NaN if one is not finite, else 0.
+  __device__ __forceinline__ float stage_keys(Team team, int which, int64_t t, int tokens) const {
     const int ranks = this->ranks(), padded = s.padded;
-#pragma unroll 1
-    for (int which = kKeys; which <= kQueries; ++which) {
-      const bool keys = which == kKeys;
-      const bool biased = (keys ? p.mamba3.B_bias : p.mamba3.C_bias).given();
-      const float *const biases = shared + (keys ? s.B_bias : s.C_bias);
-      float *const to = shared + (keys ? s.K : s.Q);
-      float sum = 0.0f;
-      for (int r = 0; r < ranks; ++r) {
-        const float *const bias = biases + r * padded;
-        each_staged(which, t, tokens, ranks, r, [&](int token, int n, auto v) {
-          using Values = decltype(v);
-          constexpr int kCount = int(sizeof(v) / sizeof(float));
-          if (biased) {
-            const Values b = *reinterpret_cast<const Values *>(bias + n);
+    const bool keys = which == kKeys;
+    const bool biased = (keys ? p.mamba3.B_bias : p.mamba3.C_bias).given();
+    const float *const biases = shared + (keys ? s.B_bias : s.C_bias);
+    float *const to = shared + (keys ? s.K : s.Q);
+    float sum = 0.0f;
+    for (int r = 0; r < ranks; ++r) {
+      const float *const bias = biases + r * padded;
+      each_staged(team, which, t, tokens, ranks, r, [&](int token, int n, auto v) {
+        using Values = decltype(v);
+        constexpr int kCount = int(sizeof(v) / sizeof(float));
+        if (biased) {
+          const Values b = *reinterpret_cast<const Values *>(bias + n);
 #pragma unroll
-            for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
-          }
+          for (int e = 0; e < kCount; ++e) v.v[e] += b.v[e];
+        }
 #pragma unroll
-          for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
-          *reinterpret_cast<Values *>(to + (token * ranks + r) * padded + n) = v;
-        });
-      }
-      if (keys) bad = sum;
+        for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+        *reinterpret_cast<Values *>(to + (token * ranks + r) * padded + n) = v;
+      });
     }
-    return bad;
+    return sum;
   }
 
-  // x times psi, and z; zeros in rows that there are not.  Returns NaN if an x is not finite.
-  __device__ __forceinline__ float stage_values(int64_t t, int tokens) const {
-    float bad = 0.0f;
+  // x times psi, or z; zeros in rows that there are not.  Returns NaN if one is not finite, else 0.
+  __device__ __forceinline__ float stage_values(Team team, int which, int64_t t, int tokens) const {
     const int block_rows = s.block_rows, count = rows();
     // Of the last token, for the next span.
     float *const kept = shared + s.v_before + (1 - flags.parity) * block_rows;
     const float *const psi = shared + s.psi;
-#pragma unroll 1
-    for (int which = kX; which <= kZ; ++which) {
-      const bool x = which == kX, keeps = x && p.trap.given(), has_psi = x && s.has_psi;
-      const int ranks = x ? this->ranks() : 1;
-      float *const to = shared + (x ? s.U : s.zs);
-      float sum = 0.0f;
-      if (!x && !p.z.given()) continue;
-      const auto put = [&](int token, int i, auto v) {
-        using Values = decltype(v);
-        constexpr int kCount = int(sizeof(v) / sizeof(float));
+    const bool x = which == kX, keeps = x && p.trap.given(), has_psi = x && s.has_psi;
+    const int ranks = x ? this->ranks() : 1;
+    float *const to = shared + (x ? s.U : s.zs);
+    float sum = 0.0f;
+    const auto put = [&](int token, int i, auto v) {
+      using Values = decltype(v);
+      constexpr int kCount = int(sizeof(v) / sizeof(float));
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
-        if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = v;
-        for (int r = 0; r < ranks; ++r) {
-          Values u = v;
-          if (has_psi) {
-            const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
+      for (int e = 0; e < kCount; ++e) sum = fmaf(v.v[e], 0.0f, sum);
+      if (keeps && token == tokens - 1) *reinterpret_cast<Values *>(kept + i) = v;
+      for (int r = 0; r < ranks; ++r) {
+        Values u = v;
+        if (has_psi) {
+          const Values by = *reinterpret_cast<const Values *>(psi + r * block_rows + i);
 #pragma unroll
-            for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(v.v[e], by.v[e]);
-          }
-          *reinterpret_cast<Values *>(to + (token * ranks + r) * block_rows + i) = u;
+          for (int e = 0; e < kCount; ++e) u.v[e] = __fmul_rn(v.v[e], by.v[e]);
         }
-      };
-      each_staged(which, t, tokens, 1, 0, put);
-      if (count < block_rows)
-        each_cell(tokens, block_rows - count, s.log_rows,
-                  [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
-      if (x) bad = sum;
-    }
-    return bad;
+        *reinterpret_cast<Values *>(to + (token * ranks + r) * block_rows + i) = u;
+      }
+    };
+    each_staged(team, which, t, tokens, 1, 0, put);
+    if (count < block_rows)
+      each_cell(team, tokens, block_rows - count, s.log_rows,
+                [&](int token, int i) { put(token, count + i, Pack<float, 1>{{0.0f}}); });
+    return sum;
   }
 
-  __device__ __forceinline__ void stage_angles(int64_t t, int tokens) const {
-    each_staged(kTurns, t, tokens, 1, 0, [&](int i, int j, auto v) {
+  __device__ __forceinline__ void stage_angles(Team team, int64_t t, int tokens) const {
+    each_staged(team, kTurns, t, tokens, 1, 0, [&](int i, int j, auto v) {
 #pragma unroll
       for (int e = 0; e < int(sizeof(v) / sizeof(float)); ++e)
         shared[s.sine + i * s.nangles + j + e] = tanhf(v.v[e]);
@@ -641,9 +460,19 @@ struct SpanWork {
     if (!flags.sent) send_for(t);
     wait_for_copies();
     __syncthreads();
-    const float keys = stage_keys(t, tokens), values = stage_values(t, tokens);
-    if (p.angles.given()) stage_angles(t, tokens);
-    const bool bad = __syncthreads_or(keys != 0.0f || values != 0.0f);
+    float sum = 0.0f;  // NaN if something that goes into the states is not finite
+    each_source([&](int which, Team team) {
+      if (which <= kQueries) {
+        const float any = stage_keys(team, which, t, tokens);
+        if (which == kKeys) sum += any;
+      } else if (which <= kZ) {
+        const float any = stage_values(team, which, t, tokens);
+        if (which == kX) sum += any;
+      } else {
+        stage_angles(team, t, tokens);
+      }
+    });
+    const bool bad = __syncthreads_or(sum != 0.0f);
     flags.sent = false;
     if (t + tokens < span.end) send_for(t + tokens);
     if (p.angles.given()) turn_keys(tokens, tokens * ranks());
