@@ -222,7 +222,7 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     uint32_t at[kBatch][2], marks = bad.x | bad.y;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int row = from + i;
+      const int row = min(from + i, end - 1);  // others' rows are written meanwhile
       at[i][0] = word_at(row, first, kBytes);
       if (kHalf) at[i][1] = word_at(row, second, kBytes);
       own[i] = load_two_words(turns + ((row >> log_rank) * nangles + 2 * pair) * 4);
@@ -299,7 +299,8 @@ __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int
     uint4 k[kBatch], q[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const uint32_t at = piece_at(min(from + j * step, kRows - 1), piece, kN * 2);
+      const int row = from + j * step;
+      const uint32_t at = piece_at(row < kRows ? row : from, piece, kN * 2);
       k[j] = load_four_words(tiles.raw_keys + at);
       if (tiles.with_queries) q[j] = load_four_words(tiles.raw_queries + at);
     }

@@ -7,6 +7,7 @@
 #include "core/status.h"
 #include "cuda/ssd_chunk_path.h"
 #include "cuda/ssd_chunk_wgmma_head.cuh"
+#include "cuda/ssd_chunk_wgmma_tiles.cuh"
 
 namespace ssmk::cuda {
 namespace {
@@ -35,8 +36,8 @@ __global__ void __launch_bounds__((kHeads + 1) * kWarpgroup, 1)
       gate_make(shared + at.gates() + i * 16 + 8, 4 * kHeads);
     }
     for (int i = 0; i < kHeads * kBatchPlaces; ++i) {
-      gate_make(shared + at.batch_gates(0) + i * 16, 32);
-      gate_make(shared + at.batch_gates(0) + i * 16 + 8, kWarpgroup);
+      gate_make(shared + at.batch_gates(0) + i * 16, 1);
+      gate_make(shared + at.batch_gates(0) + i * 16 + 8, 4);
     }
     gate_make(shared + at.cut_gate(), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

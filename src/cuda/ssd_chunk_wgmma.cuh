@@ -124,7 +124,7 @@ __device__ __forceinline__ void each_piece(const SsdChunkProblem &p, const Fused
       if (w.starts && !w.ends) w.kept = mine + (plan.segments - 1) * parts;
     }
     use(w);
-    if (!plan.chunks || afresh(track) * plan.chunks <= low) return;
+    if (!plan.chunks || at <= low) return;
   }
 }
 
@@ -146,7 +146,6 @@ struct alignas(16) TokenValues {
   float near[kChunk];         // dt' times what is left at the end of the token's eight
   float eighths[kChunk / 8];  // decay at the ends of the eights
   float last, last_log;       // over the chunk: what is left, decay
-  int note;                   // of the chunk, as below
 };
 
 // They come for some chunks at a time: the warp that prepares them is slow for one alone.
@@ -178,9 +177,10 @@ struct FusedShared {
     return outputs() + (kOutputs ? 2 * kHeads * kTile : 0);
   }
   __host__ __device__ int values() const { return products() + (kOutputs ? kHeads * kTile : 0); }
-  __host__ __device__ int gates() const {
+  __host__ __device__ int notes() const {
     return values() + kHeads * kBatchPlaces * kBatch * int(sizeof(TokenValues));
   }
+  __host__ __device__ int gates() const { return notes() + stages * int(sizeof(int64_t)); }
   // Stages' gates: full, and free again; the same of the parts' batches of token values; then one
   // for tiles that are cut.
   __host__ __device__ int batch_gates(int part) const {

@@ -2,7 +2,7 @@
 // The fused prefill kernel's warpgroups that each own the state of a head.
 #pragma once
 
-#include "cuda/ssd_chunk_wgmma_tiles.cuh"
+#include "cuda/ssd_chunk_wgmma.cuh"
 
 namespace ssmk::cuda {
 
@@ -330,12 +330,14 @@ struct HeadOwner {
   __device__ __forceinline__ void leave_token_values(bool end) {
     if (++of_batch < kBatch && !end && p.ncaptures == 0) return;
     of_batch = 0;
-    gate_arrive(shared + at.batch_gates(part) + batch.stage * 16 + 8);
+    __syncwarp();
+    if ((thread & 31) == 0) gate_arrive(shared + at.batch_gates(part) + batch.stage * 16 + 8);
     batch.advance(kBatchPlaces);
   }
   // The next stage is full.
-  __device__ __forceinline__ void tiles_there(const Place &next) const {
+  __device__ __forceinline__ int next_note(const Place &next) const {
     gate_wait(shared + at.gates() + next.stage * 16, next.parity);
+    return shared_int(shared + at.notes() + next.stage * 4);
   }
   __device__ __forceinline__ void free_stage() {
     __syncwarp();
@@ -359,8 +361,7 @@ struct HeadOwner {
       const float2 over = shared_float2(v + offsetof(TokenValues, last));
       last = over.x;
       total += over.y;
-      t += shared_int(v + offsetof(TokenValues, note)) & kTokensMask;
-      tiles_there(next);
+      t += next_note(next) & kTokensMask;
       load_values(x, tiles(next.stage) + at.x(part), l);
       leave_token_values(t >= w.end);
       weigh_values(to, x, weight);
@@ -394,13 +395,14 @@ struct HeadOwner {
     const uint32_t target = shared + at.targets(part);
     if (thread == 0) shared_store(target, make_int4(w.row, head, slice, 0));
     float S[32];
+    int note = 0;
     uint32_t turn = 0;    // of the two tiles for outputs
     bool unsent = false;  // the chunk before has outputs there
     const auto Y = [&](uint32_t turn) {
       return shared + at.outputs() + 2 * part * kTile + turn * kTile;
     };
     if (w.begin < w.end) {
-      tiles_there(place);
+      note = next_note(place);
       own_product(S, tiles(place.stage), tiles(place.stage) + at.kSide);
       products_wait<0>();
       settle(S);
@@ -434,7 +436,6 @@ struct HeadOwner {
         load_columns(grown, v + offsetof(TokenValues, grown), l);
         load_columns(weight, v + offsetof(TokenValues, weight), l);
         const float last = shared_float(v + offsetof(TokenValues, last));
-        const int note = shared_int(v + offsetof(TokenValues, note));
         meet(1 + part, kWarpgroup);
         send(t);
         products_wait<0>();
@@ -449,7 +450,7 @@ struct HeadOwner {
         if (t < w.end) {
           Place next = place;
           next.advance(at.stages);
-          tiles_there(next);
+          note = next_note(next);
           own_product(S, tiles(next.stage), tiles(next.stage) + at.kSide);
         } else {
           products_go();
@@ -495,11 +496,10 @@ struct HeadOwner {
 
   __device__ __forceinline__ void walk(const Piece &w) {
     if (part >= w.parts) {  // nothing to do but keep step
-      if (!w.pad)
-        each_chunk(p, w, [&](int, int, bool) {
-          tiles_there(place);
-          free_stage();
-        });
+      for (int t = w.begin; t < w.end && !w.pad;) {
+        t += next_note(place) & kTokensMask;
+        free_stage();
+      }
       return;
     }
     const int head = head_of(plan, w, part), slice = slice_of(plan, w, part);

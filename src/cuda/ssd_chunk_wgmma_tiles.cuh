@@ -78,7 +78,7 @@ struct TileBringer {
   }
 
   __device__ __forceinline__ void walk(const Piece &w) {
-    each_chunk(p, w, [&](int t, int tokens, bool) {
+    each_chunk(p, w, [&](int t, int tokens, bool captured) {
       const uint32_t shared = afresh(this->shared), landed = shared + at.cut_gate();
       const uint32_t full = shared + at.gates() + place.stage * 16;
       const uint32_t to = shared + place.stage * at.stage;
@@ -86,7 +86,10 @@ struct TileBringer {
       const bool cuts = tokens < kChunk && t + tokens < p.seqlen;
       const bool first = (threadIdx.x & 31) == 0;
       gate_wait(full + 8, place.parity ^ 1);
-      if (first) fetch(w, to, t, cuts ? landed : full);
+      if (first) {
+        shared_store(shared + at.notes() + place.stage * 4, tokens | (captured ? kCaptured : 0));
+        fetch(w, to, t, cuts ? landed : full);
+      }
       __syncwarp();
       if (cuts) {
         gate_wait(landed, landings++ & 1);
@@ -102,7 +105,6 @@ struct TileBringer {
 // or (where chunks may end anywhere) of one.
 template <int kStates, int kHeads, bool kOutputs>
 struct TokenPreparer {
-  static constexpr int kNoteCaptured = 1 << 16;  // added to the number of tokens
   static constexpr int kMine = kBatch * kChunk / 32, kLanes = 32 / kBatch;  // tokens; of a chunk
   const SsdChunkProblem &p;
   const FusedPlan &plan;
@@ -149,8 +151,7 @@ struct TokenPreparer {
   }
 
   // For `tokens` tokens, of chunks of 64 the last of which may be cut.
-  __device__ __forceinline__ void write(uint32_t to, Tokens &v, int note) const {
-    const int tokens = note & (2 * kBatch * kChunk - 1);
+  __device__ __forceinline__ void write(uint32_t to, Tokens &v, int tokens) const {
     const int lane = afresh(this->lane);
     float sum = 0;
 #pragma unroll
@@ -189,24 +190,20 @@ struct TokenPreparer {
           exp2_fast(end - here[1]) * dt[1]);
     }
     if (lane & 1)
-      shared_store(to + offsetof(TokenValues, eighths) + first / 8 * 4,
-                   __float_as_int(before + sum));
-    if (first == 0) {
+      shared_store(to + offsetof(TokenValues, eighths) + first / 8 * 4, __float_as_int(before + sum));
+    if (first == 0)
       shared_store(to + offsetof(TokenValues, last), make_float2(exp2_fast(last), last));
-      const int left = tokens - lane / kLanes * kChunk;
-      shared_store(to + offsetof(TokenValues, note),
-                   min(left, kChunk) | (note > kNoteCaptured ? kCaptured : 0));
-    }
   }
 
-  __device__ __forceinline__ void give(Tokens &v, int note) {
+  __device__ __forceinline__ void give(Tokens &v, int tokens) {
     const uint32_t shared = afresh(this->shared);
     const uint32_t full = shared + at.batch_gates(part) + place.stage * 16;
     gate_wait(full + 8, place.parity ^ 1);
     write(shared + at.values() +
               (part * kBatchPlaces + place.stage) * kBatch * int(sizeof(TokenValues)),
-          v, note);
-    gate_arrive(full);
+          v, tokens);
+    __syncwarp();
+    if (lane == 0) gate_arrive(full);
     place.advance(kBatchPlaces);
   }
 
@@ -219,15 +216,14 @@ struct TokenPreparer {
     A = p.A.given() ? load_at(p.A, head) * kLog2e : 0.0f;
 #pragma unroll 1
     for (int t = w.begin; t < w.end;) {
-      int tokens = min(kBatch * kChunk, w.end - t), note = tokens;
+      int tokens = min(kBatch * kChunk, w.end - t);
       if (p.ncaptures > 0) {
-        const int next = next_capture(p, w.row, t, w.end), stop = min(t + kChunk, w.end);
-        tokens = next < stop ? next + 1 - t : stop - t;
-        note = next < stop ? tokens + kNoteCaptured : tokens;
+        tokens = min(tokens, kChunk);
+        tokens = min(tokens, next_capture(p, w.row, t, w.end) + 1 - t);
       }
       Tokens v;
       read(v, t, w.end);
-      give(v, note);
+      give(v, tokens);
       t += tokens;
     }
   }

@@ -113,10 +113,9 @@ __device__ __forceinline__ void product_64(float (&d)[32], const uint32_t (&a)[4
 #undef SSMK_PRODUCT_RS
 
 // d (64 x 128, or 64 x 64) += a b; a in registers, b across the rows of its tiles.
-#define SSMK_PRODUCT_ACROSS(n, list, last, type)                                    \
-  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " list ", " last \
-  ", 1, 1, 1, "                                                                     \
-  "1;"
+#define SSMK_PRODUCT_ACROSS(n, list, last, type)                                                  \
+  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " " list ", " last ", 1, 1, 1, " \
+                                                                                    "1;"
 template <class T>
 __device__ __forceinline__ void product_across(float (&d)[64], const uint32_t (&a)[4], Factor b) {
 #define SSMK_OPERANDS                   \
