@@ -41,7 +41,10 @@
  *   convolutions always, in the other operations when SSMK_BATCH_INVARIANT is set.  Devices, dtypes,
  *   sizes and layouts may choose the order in which a sum is added up.  On a GPU several bfloat16
  *   tokens of Mamba-2, and those of Mamba-3, may be matrix products, where what is infinite in a
- *   factor gives NaN.
+ *   factor gives NaN.  There ssd_chunk of 16-bit inputs is matrix products, too: their factors (the
+ *   states, the decayed products C B^T, the weighted x, rotated keys and queries) are rounded to the
+ *   inputs' dtype, sums and the states that are carried on are float32, and a NaN or infinity in x
+ *   may reach the outputs of up to 63 tokens before it in its own sequence.
  *
  * Words used below.
  *   batch rows, seqlen tokens, T tokens of one decode call, dim channels, nheads, headdim, ngroups,
