@@ -2,147 +2,29 @@
 // The fused prefill kernel's warpgroups that each own the state of a head.
 #pragma once
 
-#include "cuda/ssd_chunk_wgmma.cuh"
+#include "cuda/ssd_chunk_wgmma_state.cuh"
 
 namespace ssmk::cuda {
 
 template <class T, int kStates, int kHeads, bool kOutputs>
-struct HeadOwner {
-  static constexpr int kHeld = kSlice * kStates / kWarpgroup;  // states of a thread
+struct HeadOwner : HeldState<kStates> {
+  using Held = HeldState<kStates>;
+  using Held::h, Held::here, Held::kHeld, Held::part, Held::plan, Held::thread;
+  using typename Held::Lane;
   const SsdChunkProblem &p;
-  const FusedPlan &plan;
   const TileSource &out_to;
   const FusedShared<kStates, kHeads, kOutputs> &at;
   uint32_t shared;
-  int part;          // of the block
-  int thread;        // of the warpgroup
-  Place place;       // of the tiles
-  Place batch;       // of the token values
-  int of_batch = 0;  // chunk
-  float h[kHeld];
+  Place place;          // of the tiles
+  Place batch;          // of the token values
+  int of_batch = 0;     // chunk
   float D[2] = {0, 0};  // of the two rows
-
-  // What follows from the thread: cheap, so found anew in every chunk.
-  struct Lane {
-    int lane, warp;
-    // h[4 b + 2 i + j] is row `row + 8 i`, state 8 b + column + j; of y^T tokens are columns.
-    int row, column;
-    uint32_t values;    // the offset, in a tile of x, z or y, of its row of four 8 x 8 matrices
-    uint32_t products;  // the same of the products within a chunk, of their first 16 columns
-
-    __device__ __forceinline__ explicit Lane(int thread) {
-      lane = thread & 31;
-      warp = thread / 32;
-      row = 16 * warp + lane / 4;
-      column = 2 * (lane & 3);
-      const int m = lane >> 3, r = lane & 7;
-      values = (8 * (m >> 1) + r) * kTileRowBytes + (((2 * warp + (m & 1)) ^ r) << 4);
-      products = tile_piece(16 * warp + 8 * (m & 1) + r, m >> 1);
-    }
-  };
-  __device__ __forceinline__ Lane here() const { return Lane(afresh(thread)); }
 
   __device__ __forceinline__ HeadOwner(const SsdChunkProblem &p, const FusedPlan &plan,
                                        const TileSource &out_to,
                                        const FusedShared<kStates, kHeads, kOutputs> &at,
                                        uint32_t shared, int part)
-      : p(p),
-        plan(plan),
-        out_to(out_to),
-        at(at),
-        shared(shared),
-        part(part),
-        thread(thread_number() % kWarpgroup) {}
-
-  // ---- States
-
-  __device__ __forceinline__ void read(const View<4> &v, int64_t entry, int head, int slice) {
-    const int64_t size = size_of(v.dtype), next = v.stride[3] * size;
-    const Lane l = here();
-    const char *from = v.at(entry, head, slice + l.row, l.column);
-#pragma unroll
-    for (int b = 0; b < kStates / 8; ++b) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const char *const q = from + i * 8 * v.stride[2] * size;
-        h[4 * b + 2 * i] = load(q, v.dtype);
-        h[4 * b + 2 * i + 1] = load(q + next, v.dtype);
-      }
-      from += 8 * next;
-    }
-  }
-  __device__ __forceinline__ void write(const View<4> &v, int64_t entry, int head,
-                                        int slice) const {
-    const int64_t size = size_of(v.dtype), next = v.stride[3] * size;
-    const int64_t lower = 8 * v.stride[2] * size;
-    const Lane l = here();
-    char *to = v.at(entry, head, slice + l.row, l.column);
-    const bool pairs = v.dtype == DType::kF32 && v.stride[3] == 1 &&
-                       (v.stride[0] | v.stride[1] | v.stride[2]) % 2 == 0 &&
-                       reinterpret_cast<uintptr_t>(v.data) % 8 == 0;
-    if (pairs) {
-#pragma unroll
-      for (int b = 0; b < kStates / 8; ++b) {
-        *reinterpret_cast<float2 *>(to) = {h[4 * b], h[4 * b + 1]};
-        *reinterpret_cast<float2 *>(to + lower) = {h[4 * b + 2], h[4 * b + 3]};
-        to += 32;
-      }
-      return;
-    }
-#pragma unroll
-    for (int b = 0; b < kStates / 8; ++b) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        store(to + i * lower, v.dtype, h[4 * b + 2 * i]);
-        store(to + i * lower + next, v.dtype, h[4 * b + 2 * i + 1]);
-      }
-      to += 8 * next;
-    }
-  }
-
-  // To and from other blocks, as the threads hold them.
-  __device__ __forceinline__ float *handed(int i) const {
-    return plan.states + int64_t(i + part) * (kSlice * kStates) + thread * 4;
-  }
-  __device__ __forceinline__ void park(int place) const {
-    float *const to = handed(place);
-#pragma unroll
-    for (int i = 0; i < kHeld; i += 4)
-      *reinterpret_cast<float4 *>(to + i * kWarpgroup) = {h[i], h[i + 1], h[i + 2], h[i + 3]};
-  }
-  __device__ __forceinline__ void hand_on(const Piece &w, float total) const {
-    park(w.to);
-    if (plan.chunks) {
-      __threadfence();
-      meet(1 + part, kWarpgroup);
-      if (thread == 0)
-        asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(plan.flags + w.to + part)
-                     : "memory");
-    } else if (thread == 0) {
-      plan.decays[w.to + part] = total;
-    }
-  }
-  __device__ __forceinline__ void take_over(const Piece &w) {
-    const int place = w.starts ? w.kept : w.from;
-    if (w.waits) {
-      if (thread == 0) {
-        uint32_t there;
-        do {
-          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                       : "=r"(there)
-                       : "l"(plan.flags + w.from + part)
-                       : "memory");
-        } while (!there);
-      }
-      meet(1 + part, kWarpgroup);
-    }
-    const float *const from = handed(place);
-#pragma unroll
-    for (int i = 0; i < kHeld; i += 4) {
-      const float4 v = __ldcg(reinterpret_cast<const float4 *>(from + i * kWarpgroup));
-      h[i] = v.x, h[i + 1] = v.y, h[i + 2] = v.z, h[i + 3] = v.w;
-    }
-  }
+      : Held(plan, part), p(p), out_to(out_to), at(at), shared(shared) {}
 
   // ---- A chunk
 
@@ -485,7 +367,7 @@ struct HeadOwner {
 
   __device__ __forceinline__ void capture(int64_t position, int head, int slice) const {
     for (int64_t i = 0; i < p.ncaptures; ++i)
-      if (read_index(p.capture_positions, i) == position) write(p.captured.h, i, head, slice);
+      if (read_index(p.capture_positions, i) == position) this->write(p.captured.h, i, head, slice);
   }
 
   __device__ __forceinline__ void zero_outputs(const Piece &w, int head, int slice) const {
@@ -510,14 +392,14 @@ struct HeadOwner {
     const int64_t slot = slot_of(p.seqs.state_indices, p.seqs.pad, w.s).index;
     const View<1> &flags = p.seqs.has_initial_state;
     if (kOutputs && (!w.starts || w.kept >= 0)) {
-      take_over(w);
+      this->take_over(w);
     } else if (w.starts && p.initial.h.given() && (!flags.given() || *flags.at(w.s) != 0)) {
-      read(p.initial.h, slot, head, slice);
+      this->read(p.initial.h, slot, head, slice);
     } else {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) h[i] = 0;
     }
-    if (!kOutputs && w.kept >= 0) park(w.kept);
+    if (!kOutputs && w.kept >= 0) this->park(w.kept);
     float total = 0;
     if constexpr (kOutputs) {
       if (p.D.given()) {
@@ -529,8 +411,8 @@ struct HeadOwner {
     } else {
       total = walk_states(w);
     }
-    if (w.to >= 0 && (!kOutputs || plan.chunks)) hand_on(w, total);
-    if (kOutputs && w.ends && p.final.h.given()) write(p.final.h, slot, head, slice);
+    if (w.to >= 0 && (!kOutputs || plan.chunks)) this->hand_on(w, total);
+    if (kOutputs && w.ends && p.final.h.given()) this->write(p.final.h, slot, head, slice);
   }
 };
 

@@ -190,7 +190,8 @@ struct TokenPreparer {
           exp2_fast(end - here[1]) * dt[1]);
     }
     if (lane & 1)
-      shared_store(to + offsetof(TokenValues, eighths) + first / 8 * 4, __float_as_int(before + sum));
+      shared_store(to + offsetof(TokenValues, eighths) + first / 8 * 4,
+                   __float_as_int(before + sum));
     if (first == 0)
       shared_store(to + offsetof(TokenValues, last), make_float2(exp2_fast(last), last));
   }
