@@ -23,6 +23,27 @@ __device__ __forceinline__ void mma_8(float (&d)[4], uint32_t a0, uint32_t a1, u
       : "r"(a0), "r"(a1), "r"(b0));
 }
 
+// Two values as one word, the first in its lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_two(float low, float high) {
+  if constexpr (dtype_for<T> == DType::kBF16) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&both);
+  } else {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&both);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack_two(uint32_t word) {
+  if constexpr (dtype_for<T> == DType::kBF16) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+  }
+}
+
 // The upper halves of two words.
 __device__ __forceinline__ uint32_t upper_halves(uint32_t low, uint32_t high) {
   return __byte_perm(low, high, 0x7632);
@@ -54,20 +75,11 @@ struct PairParts {
   uint32_t part[3];
 };
 
-__device__ __forceinline__ uint32_t pack_two(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t *>(&both);
-}
-
-__device__ __forceinline__ float2 two_bf16(uint32_t word) {
-  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-
 __device__ __forceinline__ PairParts split_two(float low, float high) {
   PairParts s;
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    s.part[i] = pack_two(low, high);
+    s.part[i] = pack_two<__nv_bfloat16>(low, high);
     low -= __uint_as_float(s.part[i] << 16);
     high -= __uint_as_float(s.part[i] & 0xffff0000u);
   }

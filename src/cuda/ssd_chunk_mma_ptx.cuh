@@ -2,7 +2,7 @@
 // What a warp does in one instruction: matrix products, loads of fragments, copies ahead.
 #pragma once
 
-#include "cuda/values.cuh"
+#include "cuda/mma.cuh"
 
 namespace ssmk::cuda {
 
@@ -11,29 +11,12 @@ template <class T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
   if constexpr (dtype_for<T> == DType::kBF16)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    mma_16(d, a[0], a[1], a[2], a[3], b0, b1);
   else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8 x 8 matrices of shared memory: lanes 8 i .. 8 i + 7 name the rows of number i.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(at)
-               : "memory");
-}
-__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(at)
-               : "memory");
 }
 
 // An 8 x 8 matrix in registers, transposed.
@@ -105,26 +88,6 @@ __device__ __forceinline__ float reciprocal(float v) {
 }
 __device__ __forceinline__ float gate(float z) {
   return z * reciprocal(1.0f + exp2_fast(z * -kLog2e));
-}
-
-// Two values as a word.
-template <class T>
-__device__ __forceinline__ uint32_t pack_two(float low, float high) {
-  if constexpr (dtype_for<T> == DType::kBF16) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t &>(v);
-  } else {
-    const __half2 v = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t &>(v);
-  }
-}
-template <class T>
-__device__ __forceinline__ float2 unpack_two(uint32_t v) {
-  if constexpr (dtype_for<T> == DType::kBF16) {
-    return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
-  } else {
-    return __half22float2(reinterpret_cast<const __half2 &>(v));
-  }
 }
 
 // sum + 0 v, both times two: NaN where v is not finite.

@@ -32,7 +32,7 @@ struct HeadOwner : HeldState<kStates> {
   __device__ __forceinline__ void load_values(uint32_t (&v)[4][4], uint32_t tile,
                                               const Lane &l) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) load_turned(v[k], tile + l.values + k * 16 * kTileRowBytes);
+    for (int k = 0; k < 4; ++k) load_transposed(v[k], tile + l.values + k * 16 * kTileRowBytes);
   }
 
   // S = C B^T, under way when this returns.
@@ -87,7 +87,7 @@ struct HeadOwner : HeldState<kStates> {
             const float far = exp2_fast(d.rows[k] - d.ends[(b + c) % 6]);
             const float2 near = d.near[(b + c) % 6];
             const float *const s = &S[4 * (b + c) + 2 * k];
-            m[c][k] = pair<T>(s[0] * (near.x * far), s[1] * (near.y * far));
+            m[c][k] = pack_two<T>(s[0] * (near.x * far), s[1] * (near.y * far));
           }
       } else if (b == sixteen) {
 #pragma unroll
@@ -98,8 +98,8 @@ struct HeadOwner : HeldState<kStates> {
             const float *const s = &S[4 * (b + c) + 2 * k];
             const float first = s[0] * (exp2_fast(d.rows[k] - d.own[c].x) * d.own[c].y);
             const float second = s[1] * (exp2_fast(d.rows[k] - d.own[c].z) * d.own[c].w);
-            m[c][k] =
-                pair<T>(j > l.row + 8 * k ? 0.0f : first, j + 1 > l.row + 8 * k ? 0.0f : second);
+            m[c][k] = pack_two<T>(j > l.row + 8 * k ? 0.0f : first,
+                                  j + 1 > l.row + 8 * k ? 0.0f : second);
           }
         }
       }
@@ -120,7 +120,7 @@ struct HeadOwner : HeldState<kStates> {
 #pragma unroll
     for (int k = 0; k < kStates / 16; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[k][i] = pair<T>(h[8 * k + 2 * i], h[8 * k + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) a[k][i] = pack_two<T>(h[8 * k + 2 * i], h[8 * k + 2 * i + 1]);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kStates / 16; ++k)
@@ -149,8 +149,8 @@ struct HeadOwner : HeldState<kStates> {
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 f = both<T>(x[k][i]), by = weight[2 * k + i / 2];
-        u[k][i] = pair<T>(f.x * by.x, f.y * by.y);
+        const float2 f = unpack_two<T>(x[k][i]), by = weight[2 * k + i / 2];
+        u[k][i] = pack_two<T>(f.x * by.x, f.y * by.y);
       }
   }
 
@@ -171,20 +171,20 @@ struct HeadOwner : HeldState<kStates> {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t z[4], out[4];
-      if (kGated) load_turned(z, z_tile + l.values + k * 16 * kTileRowBytes);
+      if (kGated) load_transposed(z, z_tile + l.values + k * 16 * kTileRowBytes);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 f = both<T>(x[k][i]);
+        const float2 f = unpack_two<T>(x[k][i]);
         float first = fmaf(D[i & 1], f.x, y[8 * k + 2 * i]);
         float second = fmaf(D[i & 1], f.y, y[8 * k + 2 * i + 1]);
         if (kGated) {
-          const float2 g = both<T>(z[i]);
+          const float2 g = unpack_two<T>(z[i]);
           first *= silu(g.x);
           second *= silu(g.y);
         }
-        out[i] = pair<T>(first, second);
+        out[i] = pack_two<T>(first, second);
       }
-      store_turned(tile + l.values + k * 16 * kTileRowBytes, out[0], out[1], out[2], out[3]);
+      store_transposed(tile + l.values + k * 16 * kTileRowBytes, out[0], out[1], out[2], out[3]);
     }
   }
 

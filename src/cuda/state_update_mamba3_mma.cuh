@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(128 / kTiles, kBlocks)
   for (int tile = 0; tile < kTiles; ++tile)
     v_bits[tile] = load_word(step(reach(p.v_state, slots.in, head), safe(tile), 2));
   const auto of_token = [&](uint32_t bits, int t) {
-    return two_bf16(kTokens > 1 ? __shfl_sync(~0u, bits, t, 4) : bits);
+    return unpack_two<__nv_bfloat16>(kTokens > 1 ? __shfl_sync(~0u, bits, t, 4) : bits);
   };
 
   // Steps and decays.  A token that there is not has none.
@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(128 / kTiles, kBlocks)
     for (int query = 0; query < 2; ++query) {
       const uint32_t *const from = value[i][query];
       const float2(&more)[2] = add[kOwnRanks > 1 ? i : 0][query];
-      float2 one = two_bf16(first_of(from[0], from[1]));
-      float2 two = two_bf16(second_of(from[0], from[1]));
+      float2 one = unpack_two<__nv_bfloat16>(first_of(from[0], from[1]));
+      float2 two = unpack_two<__nv_bfloat16>(second_of(from[0], from[1]));
       one.x += more[0].x, one.y += more[0].y, two.x += more[1].x, two.y += more[1].y;
       if (turns_first) turn_pair(&one.x, &two.x, turn.x, turn.y);
       if (turns_second) turn_pair(&one.y, &two.y, turn.z, turn.w);
@@ -523,14 +523,14 @@ __global__ void __launch_bounds__(128 / kTiles, kBlocks)
     const float2 psi = kMimo ? of_rank(psi_bits[tile], kHasPsi, kWidePsi) : float2{1.0f, 1.0f};
     const float2 zeta = kMimo ? of_rank(zeta_bits[tile], kHasZeta, kWideZeta) : float2{1.0f, 1.0f};
     const float2 phi = kMimo ? of_rank(phi_bits[tile], kHasPhi, kWidePhi) : float2{1.0f, 1.0f};
-    const float2 v0 = two_bf16(v_bits[tile]);
+    const float2 v0 = unpack_two<__nv_bfloat16>(v_bits[tile]);
     const float2 old_u = kMimo ? float2{psi.x * v0.x, psi.y * v0.y} : v0;
     const float (&sum)[2][4] = sums[tile];
     uint32_t (&words)[kWords][4] = factor[tile];
     if constexpr (!kMany) {
       float y[2] = {upto * ((sum[0][0] + sum[0][1]) + sum[1][0]),
                     upto * ((sum[0][2] + sum[0][3]) + sum[1][2])};
-      const float2 x = two_bf16(x_bits[tile]);
+      const float2 x = unpack_two<__nv_bfloat16>(x_bits[tile]);
       const float2 u = kMimo ? float2{psi.x * x.x, psi.y * x.y} : x;
       PairParts terms[2];  // of the new key in the low halves, of the old one in the high ones
       if constexpr (kMimo) {
@@ -555,7 +555,7 @@ __global__ void __launch_bounds__(128 / kTiles, kBlocks)
         terms[0] = split_two(there ? own * x.x : 0.0f, old_factor * v0.x);
         terms[1] = split_two(there ? own * x.y : 0.0f, old_factor * v0.y);
       }
-      const float2 z = two_bf16(z_bits[tile]);
+      const float2 z = unpack_two<__nv_bfloat16>(z_bits[tile]);
       finish(&y[0], u.x, zeta.x, z.x), finish(&y[1], u.y, zeta.y, z.y);
       if (kMimo && parts & kHasPhi) {
 #pragma unroll

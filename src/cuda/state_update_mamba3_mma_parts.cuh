@@ -80,7 +80,7 @@ __device__ __forceinline__ uint2 load_two_either(const char *p, int element, uin
   return load_two(step(p, element, wide ? 4 : 2), wide ? DType::kF32 : DType::kBF16);
 }
 __device__ __forceinline__ float2 two_either(uint2 bits, uint32_t wide) {
-  const float2 narrow = two_bf16(bits.x);
+  const float2 narrow = unpack_two<__nv_bfloat16>(bits.x);
   return {wide ? __uint_as_float(bits.x) : narrow.x, wide ? __uint_as_float(bits.y) : narrow.y};
 }
 __device__ __forceinline__ uint32_t load_word(const char *p) { return load_near<float>(p); }

@@ -10,7 +10,7 @@
 
 #include <cuda.h>
 
-#include "cuda/values.cuh"
+#include "cuda/mma.cuh"
 
 namespace ssmk::cuda {
 
@@ -59,6 +59,15 @@ template <int N>
 __device__ __forceinline__ void settle(float (&v)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+
+// The same of a first factor in registers: products under way still read it.
+template <int N>
+__device__ __forceinline__ void settle(uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[k][i])::"memory");
 }
 
 #define SSMK_ACC8(d, i)                                                                       \
@@ -150,53 +159,17 @@ __device__ __forceinline__ void product_across(float (&d)[32], const uint32_t (&
 #undef SSMK_ACC32
 #undef SSMK_ACC8
 
-// The same of a first factor in registers: products under way still read it.
-template <int N>
-__device__ __forceinline__ void settle(uint32_t (&a)[N][4]) {
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[k][i])::"memory");
-}
-
 // ---- Tiles and registers
 
-// Two values as one word, the first in its lower half.
-template <class T>
-__device__ __forceinline__ uint32_t pair(float low, float high) {
-  uint32_t word;
-  if constexpr (dtype_for<T> == DType::kBF16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  }
-  return word;
-}
-template <class T>
-__device__ __forceinline__ float2 both(uint32_t word) {
-  if constexpr (dtype_for<T> == DType::kBF16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
-  }
-}
-
-// Four 8 x 8 matrices between registers and shared memory; lane l gives the address of row l % 8 of
-// matrix l / 8.  "Turned": what is a row in memory is a column in the registers.
-__device__ __forceinline__ void load_turned(uint32_t (&v)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(at)
-               : "memory");
-}
+// Four 8 x 8 matrices to shared memory, as load_matrices() and load_transposed() read them.
 __device__ __forceinline__ void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a),
                "r"(b), "r"(c), "r"(d)
                : "memory");
 }
-__device__ __forceinline__ void store_turned(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
-                                             uint32_t d) {
+__device__ __forceinline__ void store_transposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
+                                                 uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
@@ -279,9 +252,6 @@ __device__ __forceinline__ void gate_wait(uint32_t gate, uint32_t parity) {
 // last one compact.  Made on the host, passed to the kernel by value.
 using TileSource = CUtensorMap;
 
-__device__ __forceinline__ void ready(const TileSource &from) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&from) : "memory");
-}
 // 64 columns of 64 tokens; tokens past the end of the tensor are zeros.  The gate counts the bytes.
 __device__ __forceinline__ void bring_tile(uint32_t to, const TileSource &from, int row, int token,
                                            int head, int column, uint32_t gate) {
@@ -306,7 +276,7 @@ __device__ __forceinline__ void tiles_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// The same, but the compiler does not know that: what follows from it is worked out where it is
+// v, but the compiler does not know that: what follows from it is worked out where it is
 // used, and not kept in registers, or memory, from before.
 template <class T>
 __device__ __forceinline__ T afresh(T v) {
