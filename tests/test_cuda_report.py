@@ -44,11 +44,14 @@ RUN = {
 }
 
 
+def written(run, path):
+    path.write_text(json.dumps(run))
+    return path
+
+
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(RUN))
-    return path
+    return written(RUN, tmp_path / "run.json")
 
 
 def test_tables_have_every_case_and_the_best_of_each_peer(file, capsys):
@@ -160,9 +163,7 @@ PREFILL = {
 
 @pytest.fixture
 def prefill_file(tmp_path):
-    path = tmp_path / "prefill.json"
-    path.write_text(json.dumps(PREFILL))
-    return path
+    return written(PREFILL, tmp_path / "prefill.json")
 
 
 def test_prefill_tables_have_both_limits_and_the_errors(prefill_file, capsys):

@@ -133,8 +133,7 @@ def plot(run, path):
     colours = {name: f"C{i}" for i, name in enumerate(contenders)}
     columns = min(COLUMNS, len(panels))
     height = -(-len(panels) // columns)
-    # Letters stay letters, and nothing in the file depends on when it was made.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssmk", "font.size": 8}):
+    with pyplot.rc_context(report.SAME_EACH_TIME):
         figure, grid = pyplot.subplots(
             height, columns, figsize=(3.1 * columns, 0.7 + 2.3 * height), squeeze=False,
             layout="constrained",
@@ -163,13 +162,9 @@ def plot(run, path):
         for axes in grid[-1]:
             axes.set_xlabel("batch")
         machine = run["machine"]
-        figure.suptitle(f"ssmk {machine['ssmk']}, {machine['device']} (grey: in-place "
-                        "read-modify-write of the same bytes)", fontsize=9)
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower right", ncols=len(drawn),
-                      frameon=False)
-        svg = str(path).endswith(".svg")
-        figure.savefig(path, dpi=150, metadata={"Date": None} if svg else None)
-        pyplot.close(figure)
+        title = (f"ssmk {machine['ssmk']}, {machine['device']} (grey: in-place "
+                 "read-modify-write of the same bytes)")
+        report.finish(figure, title, drawn, path)
 
 
 # Prefill or not, how it is written, its marks in a page

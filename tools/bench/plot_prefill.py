@@ -178,8 +178,7 @@ def plot(run, path):
     if not panels:
         raise report.Missing("no prefill was measured: there is nothing to draw")
     contenders = ["ssmk", *dict.fromkeys(p for row in run["rows"] for p in best_of(row["peers"]))]
-    # Letters stay letters, and nothing in the file depends on when it was made.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssmk", "font.size": 8}):
+    with pyplot.rc_context(report.SAME_EACH_TIME):
         figure, grid = pyplot.subplots(
             len(panels), 1, figsize=(9, 0.8 + 1.9 * len(panels)), squeeze=False, sharey=True,
             layout="constrained")
@@ -208,11 +207,6 @@ def plot(run, path):
         grid[0, 0].set_yticks(ticks, [str(t) for t in ticks])
         grid[0, 0].minorticks_off()
         machine = run["machine"]
-        figure.suptitle(
-            f"Prefill, batch x tokens: ssmk {machine['ssmk']}, {machine['device']} (1: the slower "
-            "of the memory and the tensor cores alone)", fontsize=9)
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower right", ncols=len(drawn),
-                      frameon=False)
-        svg = str(path).endswith(".svg")
-        figure.savefig(path, dpi=150, metadata={"Date": None} if svg else None)
-        pyplot.close(figure)
+        title = (f"Prefill, batch x tokens: ssmk {machine['ssmk']}, {machine['device']} (1: the "
+                 "slower of the memory and the tensor cores alone)")
+        report.finish(figure, title, drawn, path)

@@ -245,6 +245,20 @@ def plotting():
     return pyplot
 
 
+# For figures whose letters stay letters, and nothing in whose file depends on when it was made.
+SAME_EACH_TIME = {"svg.fonttype": "none", "svg.hashsalt": "ssmk", "font.size": 8}
+
+
+def finish(figure, title, drawn, path):
+    """Title, and a legend of what was drawn ({name: artist}), under the whole figure; to a file."""
+    figure.suptitle(title, fontsize=9)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower right", ncols=len(drawn),
+                  frameon=False)
+    svg = str(path).endswith(".svg")
+    figure.savefig(path, dpi=150, metadata={"Date": None} if svg else None)
+    plotting().close(figure)
+
+
 def bars(axes, names, values, goals, texts, families, title):
     """Bars, one colour for each family, a black mark at each goal, the figures in the margin."""
     order = list(dict.fromkeys(families))
