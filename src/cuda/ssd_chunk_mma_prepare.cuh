@@ -24,17 +24,11 @@ __device__ __forceinline__ TokenBits read_token(const SsdChunkProblem &p, int64_
   return b;
 }
 
-__device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
-  if (f.softplus) dt = dt > 20.0f ? dt : softplus(dt);
-  if (f.clamp) dt = dt < f.lo ? f.lo : dt > f.hi ? f.hi : dt;
-  return dt;
-}
-
 // The share that the first token of a sequence adds to what came before it.
 __device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t row, int64_t token,
                                              int64_t head) {
   const float bias = p.dt_bias.given() ? load_at(p.dt_bias, head) : 0.0f;
-  const float dt = transformed(p.dt_transform, load_at(p.dt, row, token, head) + bias);
+  const float dt = transform_dt(p.dt_transform, load_at(p.dt, row, token, head) + bias);
   const float trap = load_at(p.trap, row, token, head);
   return (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap)) * dt;
 }
@@ -46,7 +40,7 @@ __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const 
                                               int i, int tokens, bool follows, int chunk_tokens) {
   const bool own = i < tokens, there = i < tokens + (follows ? 1 : 0);
   const float dt =
-      there ? transformed(p.dt_transform, value_of(b.dt, p.dt.dtype) + head.bias) : 0.0f;
+      there ? transform_dt(p.dt_transform, value_of(b.dt, p.dt.dtype) + head.bias) : 0.0f;
   float now = dt, share = 0.0f;
   if (p.trap.given() && there) {
     const float trap = value_of(b.trap, p.trap.dtype);

@@ -32,7 +32,7 @@ static __global__ void __launch_bounds__(kTeam)
     if (s.last) continue;
     uint32_t sum = 0, bad = 0;
     for (int64_t t = s.begin + offset; t < s.end && offset < tokens; t += tokens) {
-      const float dt = transformed(p.dt_transform, load_at(p.dt, s.row, t, head) + bias);
+      const float dt = transform_dt(p.dt_transform, load_at(p.dt, s.row, t, head) + bias);
       sum += turn_of(load_at(p.angles, s.row, t, head, first + angle), dt, &bad);
     }
     sum |= bad;

@@ -7,37 +7,46 @@
 #include "core/status.h"
 #include "cuda/ssd_chunk_path.h"
 #include "cuda/ssd_chunk_wgmma_head.cuh"
+#include "cuda/ssd_chunk_wgmma_scores.cuh"
 #include "cuda/ssd_chunk_wgmma_tiles.cuh"
 
 namespace ssmk::cuda {
 namespace {
 
-// Registers of a warpgroup's threads, out of 512 for each thread of one.
-template <int kStates, int kHeads>
-constexpr int kOwnerRegisters = kHeads == 3     ? 144
-                                : kStates == 64 ? 192
-                                                : 224;
-template <int kStates, int kHeads>
-constexpr int kBringerRegisters =
-    512 - kHeads * kOwnerRegisters<kStates, kHeads> - (kHeads == 2 ? 8 : 0);
+// Warpgroups: one a head, that for the products within chunks, that which brings.
+template <int kHeads, bool kOutputs>
+constexpr int kWarpgroups = kHeads + (kOutputs ? 2 : 1);
+
+// Registers of their threads, together at most 512.
+template <int kHeads, bool kOutputs>
+struct Registers {
+  static constexpr int kOwner = kHeads == 1 ? 208 : kHeads == 2 ? 176 : 144;
+  static constexpr int kScores = kOutputs ? 96 : 0;
+  static constexpr int kBringer = kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
+};
 
 template <class T, int kStates, int kHeads, bool kOutputs>
-__global__ void __launch_bounds__((kHeads + 1) * kWarpgroup, 1)
+__global__ void __launch_bounds__(kWarpgroups<kHeads, kOutputs> *kWarpgroup, 1)
     ssd_fused(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ FusedPlan plan,
               const __grid_constant__ FusedSources from) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Registers = Registers<kHeads, kOutputs>;
   extern __shared__ char raw[];
   const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
   const FusedShared<kStates, kHeads, kOutputs> at(plan.stages, kOutputs && p.z.given());
-  const int owner = __shfl_sync(~0u, int(threadIdx.x / kWarpgroup), 0);
+  const int role = __shfl_sync(~0u, int(threadIdx.x / kWarpgroup), 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < at.stages; ++i) {
       gate_make(shared + at.gates() + i * 16, 1);
-      gate_make(shared + at.gates() + i * 16 + 8, 4 * kHeads);
+      gate_make(shared + at.gates() + i * 16 + 8, at.kStageReaders);
     }
-    for (int i = 0; i < kHeads * kBatchPlaces; ++i) {
-      gate_make(shared + at.batch_gates(0) + i * 16, 1);
-      gate_make(shared + at.batch_gates(0) + i * 16 + 8, 4);
+    for (int i = 0; i < kHeads * kValuesPlaces; ++i) {
+      gate_make(shared + at.value_gates(0) + i * 16, 1);
+      gate_make(shared + at.value_gates(0) + i * 16 + 8, at.kValuesReaders);
+    }
+    for (int i = 0; i < kHeads * kProductPlaces; ++i) {
+      gate_make(shared + at.product_gates(0) + i * 16, 4);
+      gate_make(shared + at.product_gates(0) + i * 16 + 8, 4);
     }
     gate_make(shared + at.cut_gate(), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -45,24 +54,31 @@ __global__ void __launch_bounds__((kHeads + 1) * kWarpgroup, 1)
   __syncthreads();
   wait_for_previous();
   start_next();
-  if (owner == kHeads) {
-    if constexpr (kHeads > 1) give_registers<kBringerRegisters<kStates, kHeads>>();
+  if (role < kHeads) {
+    take_registers<Registers::kOwner>();
+    HeadOwner<T, kStates, kHeads, kOutputs> head(p, plan, from.out, at, shared, role);
+    each_piece<kHeads>(p, plan, [&](const Piece &w) { head.walk(w); });
+  } else if (kOutputs && role == kHeads) {
+    if constexpr (kOutputs) {
+      give_registers<Registers::kScores>();
+      ScoreMaker<T, kStates, kHeads> scores(p, at, shared);
+      each_piece<kHeads>(p, plan, [&](const Piece &w) { scores.walk(w); });
+    }
+  } else {
+    give_registers<Registers::kBringer>();
     const int warp = __shfl_sync(~0u, int(threadIdx.x % kWarpgroup / 32), 0);
+    const int lane = thread_number() & 31;
     if (warp == kHeads) {
-      TileBringer<kStates, kHeads, kOutputs> tiles = {p, plan, from, at, shared};
+      TileBringer<kStates, kHeads, kOutputs> tiles = {p, plan, from, at, shared, lane};
       each_piece<kHeads>(p, plan, [&](const Piece &w) {
         if (!w.pad) tiles.walk(w);
       });
     } else if (warp < kHeads) {
-      TokenPreparer<kStates, kHeads, kOutputs> tokens = {p, plan, at, shared, warp};
+      TokenPreparer<kStates, kHeads, kOutputs> tokens = {p, plan, at, shared, warp, lane};
       each_piece<kHeads>(p, plan, [&](const Piece &w) {
         if (!w.pad) tokens.walk(w);
       });
     }
-  } else {
-    if constexpr (kHeads > 1) take_registers<kOwnerRegisters<kStates, kHeads>>();
-    HeadOwner<T, kStates, kHeads, kOutputs> head(p, plan, from.out, at, shared, owner);
-    each_piece<kHeads>(p, plan, [&](const Piece &w) { head.walk(w); });
   }
 #endif
 }
@@ -242,7 +258,7 @@ ssmk_status run_fused(const SsdChunkProblem &p, FusedPlan plan, const FusedSourc
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes(plan.stages));
   if (error != cudaSuccess) return device_error(call, "preparing", error);
-  return launch(call, kernel, dim3(unsigned(blocks)), dim3((kHeads + 1) * kWarpgroup),
+  return launch(call, kernel, dim3(unsigned(blocks)), dim3(kWarpgroups<kHeads, kOutputs> * kWarpgroup),
                 bytes(plan.stages), p, plan, from);
 }
 
@@ -267,10 +283,6 @@ ssmk_status run_cut(const SsdChunkProblem &p, const Cut &c, const FusedSources &
 }
 
 ssmk_status run(const SsdChunkProblem &p, const Call &call) {
-  if (p.workspace.bytes < workspace(p))
-    return fail(SSMK_OUT_OF_MEMORY, "%s: workspace: must have %llu bytes, got %llu", call.op,
-                static_cast<unsigned long long>(workspace(p)),
-                static_cast<unsigned long long>(p.workspace.bytes));
   Cut c = cut_of(p);
   c.plan.states = static_cast<float *>(p.workspace.data);
   c.plan.decays = c.plan.states + handed_on(p, c) * kSlice * p.dstate;

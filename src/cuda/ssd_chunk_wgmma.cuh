@@ -3,12 +3,16 @@
 //
 // A block owns up to kHeads heads of one group (or 64-wide slices of heads, where headdim is
 // larger) and walks the tokens of a sequence in chunks of 64.  One warpgroup brings the chunks to
-// shared memory and prepares what is per token (ssd_chunk_wgmma_tiles.cuh); each of the others
-// holds the state h of one head in registers, in float32 (ssd_chunk_wgmma_head.cuh), and does per
-// chunk, with cs the sums of the log decay from the chunk's start,
+// shared memory and prepares what is per token (ssd_chunk_wgmma_tiles.cuh).  One finds, ahead of
+// the others, what the tokens of a chunk give to each other (ssd_chunk_wgmma_scores.cuh): with cs
+// the sums of the log decay from the chunk's start,
 //
-//     S     = C B^T                                        (token i x token j)
+//     S     = C B^T                                        (token i x token j), for all heads
 //     M_ij  = S_ij exp(cs_i - cs_j) dt'_j  for j <= i      rounded to the inputs' type
+//
+// Each of the others holds the state h of one head in registers, in float32, and does per chunk
+// (ssd_chunk_wgmma_head.cuh)
+//
 //     y^T   = h C^T exp(cs_i) + x^T M^T                    h rounded for the product only
 //     h     = exp(cs_last) h + (x_j exp(cs_last - cs_j) dt'_j)^T B
 //
@@ -148,9 +152,8 @@ struct alignas(16) TokenValues {
   float last, last_log;       // over the chunk: what is left, decay
 };
 
-// They come for some chunks at a time: the warp that prepares them is slow for one alone.
-constexpr int kBatch = 2;  // chunks
-constexpr int kBatchPlaces = 4;
+// Chunks that they are there for, and that M is, for each head.
+constexpr int kValuesPlaces = 4, kProductPlaces = 2;
 
 // What is said of a chunk: its tokens, and whether the state after it is captured.
 constexpr int kTokensMask = 127, kCaptured = 128;
@@ -159,12 +162,14 @@ struct FusedSources {
   TileSource x, z, B, C, out;
 };
 
-// Stages of (B, C, x of each part, z of each part); then for each part the products within a chunk
-// and the outputs; then what the copy engine has no part in.
+// Stages of (B, C, x of each part, z of each part); then for each part the outputs and the products
+// within a chunk; then what the copy engine and the tensor cores have no part in.
 template <int kStates, int kHeads, bool kOutputs>
 struct FusedShared {
   static constexpr int kSide = kStates / 64 * kTile;  // bytes of B, or C
   static constexpr int kValues = kOutputs ? 2 * kSide : kSide;
+  // Warps that read a stage, and what is per token of a part.
+  static constexpr int kStageReaders = 4 * (kHeads + kOutputs), kValuesReaders = 4 * (1 + kOutputs);
   int stages, stage;
 
   __host__ __device__ FusedShared(int stages, bool has_z)
@@ -176,17 +181,26 @@ struct FusedShared {
   __host__ __device__ int products() const {
     return outputs() + (kOutputs ? 2 * kHeads * kTile : 0);
   }
-  __host__ __device__ int values() const { return products() + (kOutputs ? kHeads * kTile : 0); }
-  __host__ __device__ int notes() const {
-    return values() + kHeads * kBatchPlaces * kBatch * int(sizeof(TokenValues));
+  __host__ __device__ int products(int part, int place) const {
+    return products() + (part * kProductPlaces + place) * kTile;
   }
+  __host__ __device__ int values() const {
+    return products() + (kOutputs ? kProductPlaces * kHeads * kTile : 0);
+  }
+  __host__ __device__ int values(int part, int place) const {
+    return values() + (part * kValuesPlaces + place) * int(sizeof(TokenValues));
+  }
+  __host__ __device__ int notes() const { return values(kHeads, 0); }
   __host__ __device__ int gates() const { return notes() + stages * int(sizeof(int64_t)); }
-  // Stages' gates: full, and free again; the same of the parts' batches of token values; then one
-  // for tiles that are cut.
-  __host__ __device__ int batch_gates(int part) const {
-    return gates() + stages * 16 + part * kBatchPlaces * 16;
+  // Stages' gates: full, and free again; the same of the parts' token values and of their products
+  // within a chunk; then one for tiles that are cut.
+  __host__ __device__ int value_gates(int part) const {
+    return gates() + (stages + part * kValuesPlaces) * 16;
   }
-  __host__ __device__ int cut_gate() const { return batch_gates(kHeads); }
+  __host__ __device__ int product_gates(int part) const {
+    return value_gates(kHeads) + part * kProductPlaces * 16;
+  }
+  __host__ __device__ int cut_gate() const { return product_gates(kHeads); }
   // Where a part's outputs go: row, head and slice.
   __host__ __device__ int targets(int part) const {
     return (cut_gate() + 8 + 15) / 16 * 16 + part * 16;
@@ -199,11 +213,76 @@ struct Place {
   int stage = 0;
   uint32_t parity = 0;
 
+  // After so many chunks; stages: a power of two.
+  __device__ __forceinline__ static Place of(uint32_t chunks, uint32_t stages) {
+    return {int(chunks % stages), chunks / stages & 1};
+  }
   __device__ __forceinline__ void advance(int stages) {
     if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }
+  }
+};
+
+// Where a warpgroup stands in what comes chunk by chunk: the tiles' stages, and what is per token
+// of its parts.
+template <int kStates, int kHeads, bool kOutputs>
+struct ChunkReader {
+  const SsdChunkProblem &p;
+  const FusedShared<kStates, kHeads, kOutputs> &at;
+  uint32_t shared;
+  int thread;   // of the warpgroup
+  Place place;  // of the tiles
+
+  __device__ __forceinline__ ChunkReader(const SsdChunkProblem &p,
+                                         const FusedShared<kStates, kHeads, kOutputs> &at,
+                                         uint32_t shared)
+      : p(p), at(at), shared(shared), thread(thread_number() % kWarpgroup) {}
+
+  __device__ __forceinline__ uint32_t tiles(int stage) const { return shared + stage * at.stage; }
+  // The warp is done with what a gate keeps.
+  __device__ __forceinline__ void arrive(uint32_t gate) const {
+    __syncwarp();
+    if ((thread & 31) == 0) gate_arrive(gate);
+  }
+  // The next stage is full.
+  __device__ __forceinline__ int next_note(const Place &next) const {
+    gate_wait(shared + at.gates() + next.stage * 16, next.parity);
+    return shared_int(shared + at.notes() + next.stage * 4);
+  }
+  __device__ __forceinline__ void free_stage() {
+    arrive(shared + at.gates() + place.stage * 16 + 8);
+    place.advance(at.stages);
+  }
+  // Where a chunk's token values are, once they are there.
+  __device__ __forceinline__ uint32_t token_values(const Place &values, int part) const {
+    gate_wait(shared + at.value_gates(part) + values.stage * 16, values.parity);
+    return shared + at.values(part, values.stage);
+  }
+  // The warp is done with them.
+  __device__ __forceinline__ void leave_token_values(Place &values, int part) const {
+    arrive(shared + at.value_gates(part) + values.stage * 16 + 8);
+    values.advance(kValuesPlaces);
+  }
+};
+
+// What follows from a thread of a warpgroup: cheap, so found anew in every chunk.
+struct Lane {
+  int lane, warp;
+  // h[4 b + 2 i + j] is row `row + 8 i`, state 8 b + column + j; of y^T tokens are columns.
+  int row, column;
+  uint32_t values;    // the offset, in a tile of x, z or y, of its row of four 8 x 8 matrices
+  uint32_t products;  // the same of the products within a chunk, of their first 16 columns
+
+  __device__ __forceinline__ explicit Lane(int thread) {
+    lane = thread & 31;
+    warp = thread / 32;
+    row = 16 * warp + lane / 4;
+    column = 2 * (lane & 3);
+    const int m = lane >> 3, r = lane & 7;
+    values = (8 * (m >> 1) + r) * kTileRowBytes + (((2 * warp + (m & 1)) ^ r) << 4);
+    products = tile_piece(16 * warp + 8 * (m & 1) + r, m >> 1);
   }
 };
 

@@ -7,24 +7,19 @@
 namespace ssmk::cuda {
 
 template <class T, int kStates, int kHeads, bool kOutputs>
-struct HeadOwner : HeldState<kStates> {
-  using Held = HeldState<kStates>;
-  using Held::h, Held::here, Held::kHeld, Held::part, Held::plan, Held::thread;
-  using typename Held::Lane;
-  const SsdChunkProblem &p;
+struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
+  using Held = HeldState<kStates, kHeads, kOutputs>;
+  using Held::at, Held::h, Held::here, Held::kHeld, Held::p, Held::part, Held::place, Held::plan,
+      Held::shared, Held::thread;
   const TileSource &out_to;
-  const FusedShared<kStates, kHeads, kOutputs> &at;
-  uint32_t shared;
-  Place place;          // of the tiles
-  Place batch;          // of the token values
-  int of_batch = 0;     // chunk
+  Place values, made;   // of what is per token; of M
   float D[2] = {0, 0};  // of the two rows
 
   __device__ __forceinline__ HeadOwner(const SsdChunkProblem &p, const FusedPlan &plan,
                                        const TileSource &out_to,
                                        const FusedShared<kStates, kHeads, kOutputs> &at,
                                        uint32_t shared, int part)
-      : Held(plan, part), p(p), out_to(out_to), at(at), shared(shared) {}
+      : Held(p, plan, at, shared, part), out_to(out_to) {}
 
   // ---- A chunk
 
@@ -33,78 +28,6 @@ struct HeadOwner : HeldState<kStates> {
                                               const Lane &l) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) load_transposed(v[k], tile + l.values + k * 16 * kTileRowBytes);
-  }
-
-  // S = C B^T, under way when this returns.
-  __device__ __forceinline__ void own_product(float (&S)[32], uint32_t B, uint32_t C) const {
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kStates / 16; ++k) {
-      const int along = k / 4 * kTile + k % 4 * 32;
-      product_64<T>(S, factor(C) + along, factor(B) + along, k > 0);
-    }
-    products_go();
-  }
-
-  // What the weights of the products within a chunk are made of.  Eights of tokens before this
-  // warp's sixteen take the decay in two steps, up to the end of the eight and from there on.
-  struct OwnDecays {
-    float rows[2], ends[6];
-    float2 near[6];
-    float4 own[2];
-  };
-  __device__ __forceinline__ void load_decays(OwnDecays &d, uint32_t v, const Lane &l) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      d.rows[i] = shared_float(v + offsetof(TokenValues, decay) + (l.row + 8 * i) * 8);
-    const float4 four = shared_float4(v + offsetof(TokenValues, eighths));
-    const float2 two = shared_float2(v + offsetof(TokenValues, eighths) + 16);
-    d.ends[0] = four.x, d.ends[1] = four.y, d.ends[2] = four.z, d.ends[3] = four.w;
-    d.ends[4] = two.x, d.ends[5] = two.y;
-#pragma unroll
-    for (int b = 0; b < 6; ++b)
-      d.near[b] = shared_float2(v + offsetof(TokenValues, near) + (8 * b + l.column) * 4);
-#pragma unroll
-    for (int c = 0; c < 2; ++c)
-      d.own[c] =
-          shared_float4(v + offsetof(TokenValues, decay) + (16 * l.warp + 8 * c + l.column) * 8);
-  }
-
-  // M, to shared memory.
-  __device__ __forceinline__ void weigh_own(const float (&S)[32], const OwnDecays &d,
-                                            const Lane &l) const {
-    const uint32_t to = shared + at.products() + part * kTile + l.products;
-#pragma unroll
-    for (int b = 0; b < 8; b += 2) {
-      uint32_t m[2][2] = {};
-      // Opaque, or the compiler would make b a variable, and S an array in memory.
-      const int sixteen = afresh(2 * l.warp);
-      if (b < 6 && b < sixteen) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const float far = exp2_fast(d.rows[k] - d.ends[(b + c) % 6]);
-            const float2 near = d.near[(b + c) % 6];
-            const float *const s = &S[4 * (b + c) + 2 * k];
-            m[c][k] = pack_two<T>(s[0] * (near.x * far), s[1] * (near.y * far));
-          }
-      } else if (b == sixteen) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int j = 8 * (b + c) + l.column;
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const float *const s = &S[4 * (b + c) + 2 * k];
-            const float first = s[0] * (exp2_fast(d.rows[k] - d.own[c].x) * d.own[c].y);
-            const float second = s[1] * (exp2_fast(d.rows[k] - d.own[c].z) * d.own[c].w);
-            m[c][k] = pack_two<T>(j > l.row + 8 * k ? 0.0f : first,
-                                  j + 1 > l.row + 8 * k ? 0.0f : second);
-          }
-        }
-      }
-      store_matrices(to ^ (b << 4), m[0][0], m[0][1], m[1][0], m[1][1]);
-    }
   }
 
   // Values of this lane's columns: 8 b + column, and the next.
@@ -154,10 +77,14 @@ struct HeadOwner : HeldState<kStates> {
       }
   }
 
-  // h exp(cs_last) + u^T B, under way when this returns.
-  __device__ __forceinline__ void update(const uint32_t (&u)[4][4], float last, uint32_t B) {
+  // h exp(cs_last)
+  __device__ __forceinline__ void fade(float last) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) h[i] *= last;
+  }
+
+  // h + u^T B, under way when this returns.
+  __device__ __forceinline__ void update(const uint32_t (&u)[4][4], uint32_t B) {
     products_begin();
 #pragma unroll
     for (int k = 0; k < 4; ++k) product_across<T>(h, u[k], factor(B, kTile) + k * 2048);
@@ -201,32 +128,6 @@ struct HeadOwner : HeldState<kStates> {
            (row * p.out.stride[0] + t * p.out.stride[1] + head * p.out.stride[3] + slice);
   }
 
-  __device__ __forceinline__ uint32_t tiles(int stage) const { return shared + stage * at.stage; }
-  // Where the chunk's token values are, once they are there.
-  __device__ __forceinline__ uint32_t token_values() const {
-    if (of_batch == 0) gate_wait(shared + at.batch_gates(part) + batch.stage * 16, batch.parity);
-    return shared + at.values() +
-           ((part * kBatchPlaces + batch.stage) * kBatch + of_batch) * int(sizeof(TokenValues));
-  }
-  // The warp is done with them; `end`: the piece has no more chunks.
-  __device__ __forceinline__ void leave_token_values(bool end) {
-    if (++of_batch < kBatch && !end && p.ncaptures == 0) return;
-    of_batch = 0;
-    __syncwarp();
-    if ((thread & 31) == 0) gate_arrive(shared + at.batch_gates(part) + batch.stage * 16 + 8);
-    batch.advance(kBatchPlaces);
-  }
-  // The next stage is full.
-  __device__ __forceinline__ int next_note(const Place &next) const {
-    gate_wait(shared + at.gates() + next.stage * 16, next.parity);
-    return shared_int(shared + at.notes() + next.stage * 4);
-  }
-  __device__ __forceinline__ void free_stage() {
-    __syncwarp();
-    if ((thread & 31) == 0) gate_arrive(shared + at.gates() + place.stage * 16 + 8);
-    place.advance(at.stages);
-  }
-
   // ---- A piece
 
   // Only what changes the state.  A chunk's update is prepared while the one before is under way.
@@ -237,15 +138,15 @@ struct HeadOwner : HeldState<kStates> {
     const auto prepare = [&](int &t, uint32_t (&to)[4][4]) {
       uint32_t x[4][4];
       float2 weight[8];
-      const uint32_t v = token_values();
+      const uint32_t v = this->token_values(values, part);
       const Lane l = here();
       load_columns(weight, v + offsetof(TokenValues, weight), l);
       const float2 over = shared_float2(v + offsetof(TokenValues, last));
       last = over.x;
       total += over.y;
-      t += next_note(next) & kTokensMask;
-      load_values(x, tiles(next.stage) + at.x(part), l);
-      leave_token_values(t >= w.end);
+      t += this->next_note(next) & kTokensMask;
+      load_values(x, this->tiles(next.stage) + at.x(part), l);
+      this->leave_token_values(values, part);
       weigh_values(to, x, weight);
       next.advance(at.stages);
     };
@@ -254,13 +155,14 @@ struct HeadOwner : HeldState<kStates> {
 #pragma unroll 1
     for (bool more = w.begin < w.end; more;) {
       uint32_t after[4][4];
-      update(u, last, tiles(place.stage));
+      fade(last);
+      update(u, this->tiles(place.stage));
       more = t < w.end;
       if (more) prepare(t, after);
       products_wait<0>();
       settle(h);
       settle(u);
-      free_stage();
+      this->free_stage();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -269,98 +171,67 @@ struct HeadOwner : HeldState<kStates> {
     return total;
   }
 
-  // A chunk's S is found while the one before it is finished; its outputs are sent when the next
-  // one's products are shown to the tensor cores: one barrier for both.
   __device__ __forceinline__ void walk_outputs(const Piece &w, int head, int slice) {
-    const uint32_t M = shared + at.products() + part * kTile;
     const bool gated = p.z.given();
     const uint32_t target = shared + at.targets(part);
     if (thread == 0) shared_store(target, make_int4(w.row, head, slice, 0));
-    float S[32];
-    int note = 0;
-    uint32_t turn = 0;    // of the two tiles for outputs
-    bool unsent = false;  // the chunk before has outputs there
-    const auto Y = [&](uint32_t turn) {
-      return shared + at.outputs() + 2 * part * kTile + turn * kTile;
-    };
-    if (w.begin < w.end) {
-      note = next_note(place);
-      own_product(S, tiles(place.stage), tiles(place.stage) + at.kSide);
-      products_wait<0>();
-      settle(S);
-    }
-    const auto send = [&](int t) {
-      if (thread == 0 && unsent) {
-        const int4 to = shared_int4(target);
-        send_tile(out_to, to.x, t - kChunk, to.y, to.z, Y(turn ^ 1));
-      }
-    };
+    uint32_t turn = 0;  // of the two tiles for outputs
     int t = w.begin;
 #pragma unroll 1
     while (t < w.end) {
       bool captured;
 #pragma unroll 1
       do {
-        const uint32_t B = tiles(place.stage), C = B + at.kSide;
+        const int note = this->next_note(place), tokens = note & kTokensMask;
+        const uint32_t B = this->tiles(place.stage), C = B + at.kSide;
         float y[32];
         uint32_t x[4][4], u[4][4];
-        OwnDecays decays;
         float2 grown[8], weight[8];
-        const uint32_t v = token_values();
-        // What comes from shared memory comes slowly while products are under way: asked for early.
-        const Lane l = here();
-        load_decays(decays, v, l);
-        state_product(y, C);
-        weigh_own(S, decays, l);
-        load_values(x, B + at.x(part), l);
-        if (thread == 0) tiles_read();  // the outputs of the chunk before the last
-        show_to_products();
-        load_columns(grown, v + offsetof(TokenValues, grown), l);
-        load_columns(weight, v + offsetof(TokenValues, weight), l);
+        const uint32_t v = this->token_values(values, part);
         const float last = shared_float(v + offsetof(TokenValues, last));
-        meet(1 + part, kWarpgroup);
-        send(t);
+        state_product(y, C);
+        const Lane l = here();
+        load_values(x, B + at.x(part), l);
+        load_columns(grown, v + offsetof(TokenValues, grown), l);
+        fade(last);
+        const uint32_t gate = shared + at.product_gates(part) + made.stage * 16;
+        gate_wait(gate, made.parity);
         products_wait<0>();
         settle(y);
-        add_own(y, x, grown, M);
+        load_columns(weight, v + offsetof(TokenValues, weight), here());
+        add_own(y, x, grown, shared + at.products(part, made.stage));
         weigh_values(u, x, weight);
-        update(u, last, B);
-        const int tokens = note & kTokensMask;
+        update(u, B);
         captured = note & kCaptured;
         t += tokens;
-        leave_token_values(t >= w.end);
-        if (t < w.end) {
-          Place next = place;
-          next.advance(at.stages);
-          note = next_note(next);
-          own_product(S, tiles(next.stage), tiles(next.stage) + at.kSide);
-        } else {
-          products_go();
-        }
-        products_wait<2>();
+        this->leave_token_values(values, part);
+        products_wait<1>();
         settle(y);
+        this->arrive(gate + 8);
+        made.advance(kProductPlaces);
+        const uint32_t Y = shared + at.outputs() + (2 * part + turn) * kTile;
         if (gated)
-          finish<true>(y, x, Y(turn), B + at.z(part), here());
+          finish<true>(y, x, Y, B + at.z(part), here());
         else
-          finish<false>(y, x, Y(turn), 0, here());
-        unsent = tokens == kChunk;
-        if (!unsent) {
+          finish<false>(y, x, Y, 0, here());
+        if (thread == 0) tiles_read();  // the outputs of the chunk before
+        show_to_products();
+        meet(1 + part, kWarpgroup);
+        const int4 to = shared_int4(target);
+        if (tokens < kChunk) {
+          store_some(to, Y, t - tokens, tokens);
           meet(1 + part, kWarpgroup);
-          store_some(shared_int4(target), Y(turn), t - tokens, tokens);
-          meet(1 + part, kWarpgroup);
+        } else if (thread == 0) {
+          send_tile(out_to, to.x, t - kChunk, to.y, to.z, Y);
         }
         turn ^= 1;
         products_wait<0>();
         settle(h);
-        settle(S);
         settle(u);
-        free_stage();
+        this->free_stage();
       } while (t < w.end && !captured);
       if (captured) capture(int64_t(w.row) * p.seqlen + t - 1, head, slice);
     }
-    show_to_products();
-    meet(1 + part, kWarpgroup);
-    send(t);
     if (thread == 0) tiles_read();
     meet(1 + part, kWarpgroup);
   }
@@ -379,8 +250,8 @@ struct HeadOwner : HeldState<kStates> {
   __device__ __forceinline__ void walk(const Piece &w) {
     if (part >= w.parts) {  // nothing to do but keep step
       for (int t = w.begin; t < w.end && !w.pad;) {
-        t += next_note(place) & kTokensMask;
-        free_stage();
+        t += this->next_note(place) & kTokensMask;
+        this->free_stage();
       }
       return;
     }

@@ -7,35 +7,20 @@
 
 namespace ssmk::cuda {
 
-template <int kStates>
-struct HeldState {
+template <int kStates, int kHeads, bool kOutputs>
+struct HeldState : ChunkReader<kStates, kHeads, kOutputs> {
   static constexpr int kHeld = kSlice * kStates / kWarpgroup;  // states of a thread
+  using Reader = ChunkReader<kStates, kHeads, kOutputs>;
+  using Reader::thread;
   const FusedPlan &plan;
-  int part;    // of the block
-  int thread;  // of the warpgroup
+  int part;  // of the block
   float h[kHeld];
 
-  __device__ __forceinline__ HeldState(const FusedPlan &plan, int part)
-      : plan(plan), part(part), thread(thread_number() % kWarpgroup) {}
+  __device__ __forceinline__ HeldState(const SsdChunkProblem &p, const FusedPlan &plan,
+                                       const FusedShared<kStates, kHeads, kOutputs> &at,
+                                       uint32_t shared, int part)
+      : Reader(p, at, shared), plan(plan), part(part) {}
 
-  // What follows from the thread: cheap, so found anew in every chunk.
-  struct Lane {
-    int lane, warp;
-    // h[4 b + 2 i + j] is row `row + 8 i`, state 8 b + column + j; of y^T tokens are columns.
-    int row, column;
-    uint32_t values;    // the offset, in a tile of x, z or y, of its row of four 8 x 8 matrices
-    uint32_t products;  // the same of the products within a chunk, of their first 16 columns
-
-    __device__ __forceinline__ explicit Lane(int thread) {
-      lane = thread & 31;
-      warp = thread / 32;
-      row = 16 * warp + lane / 4;
-      column = 2 * (lane & 3);
-      const int m = lane >> 3, r = lane & 7;
-      values = (8 * (m >> 1) + r) * kTileRowBytes + (((2 * warp + (m & 1)) ^ r) << 4);
-      products = tile_piece(16 * warp + 8 * (m & 1) + r, m >> 1);
-    }
-  };
   __device__ __forceinline__ Lane here() const { return Lane(afresh(thread)); }
 
   __device__ __forceinline__ void read(const View<4> &v, int64_t entry, int head, int slice) {

@@ -119,16 +119,6 @@ __device__ __forceinline__ States states_after(const Problem &p, int64_t row, in
           p.intermediate.stride[4]};
 }
 
-// dt' of dt + bias; NaN stays NaN.
-__device__ __forceinline__ float transform_dt(const DtTransform &f, float dt) {
-  if (f.softplus) dt = softplus(dt);
-  if (f.clamp) {
-    dt = dt < f.lo ? f.lo : dt;
-    dt = dt > f.hi ? f.hi : dt;
-  }
-  return dt;
-}
-
 // Sums over the lanes of a row, for R rows at a time, R <= lanes <= 32.  Each step halves the rows
 // that a lane still carries; every row is added up as a butterfly would, whatever R.  y[0] is then
 // the sum of row `returned` of the R.

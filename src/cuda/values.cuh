@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "core/tensor.h"
+#include "core/problem.h"
 
 namespace ssmk::cuda {
 
@@ -308,6 +308,16 @@ __device__ __forceinline__ float softplus(float x) {
   series = fmaf(s2, series, 2.0f / 3);
   series = fmaf(s2, series, 2.0f);
   return fmaf(s, series, x > 0.0f ? x : 0.0f);
+}
+
+// dt with its bias added, as the call wants it.
+__device__ __forceinline__ float transform_dt(const DtTransform &f, float dt) {
+  if (f.softplus) dt = softplus(dt);
+  if (f.clamp) {
+    dt = dt < f.lo ? f.lo : dt;
+    dt = dt > f.hi ? f.hi : dt;
+  }
+  return dt;
 }
 
 }  // namespace ssmk::cuda

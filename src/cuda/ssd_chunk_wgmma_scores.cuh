@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT
+// The fused prefill kernel's warpgroup that finds the products within chunks, for all parts of the
+// block.
+#pragma once
+
+#include "cuda/ssd_chunk_wgmma.cuh"
+
+namespace ssmk::cuda {
+
+template <class T, int kStates, int kHeads>
+struct ScoreMaker : ChunkReader<kStates, kHeads, true> {
+  using Reader = ChunkReader<kStates, kHeads, true>;
+  using Reader::at, Reader::place, Reader::shared, Reader::thread;
+  uint32_t given[kHeads] = {};  // chunks, by part
+
+  __device__ __forceinline__ ScoreMaker(const SsdChunkProblem &p,
+                                        const FusedShared<kStates, kHeads, true> &at,
+                                        uint32_t shared)
+      : Reader(p, at, shared) {}
+
+  // S = C B^T of the next stage.
+  __device__ __forceinline__ void multiply(float (&S)[32]) {
+    const uint32_t B = this->tiles(place.stage), C = B + at.kSide;
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kStates / 16; ++k) {
+      const int along = k / 4 * kTile + k % 4 * 32;
+      product_64<T>(S, factor(C) + along, factor(B) + along, k > 0);
+    }
+    products_go();
+    products_wait<0>();
+    settle(S);
+    this->free_stage();
+  }
+
+  // M, to the tile at `to`; v: the chunk's token values.  Eights of tokens before a row's own take
+  // the decay in two steps, up to the end of the eight and from there on.  All warps run the same
+  // code, and find what is not before their rows for nothing: short code is worth more.
+  __device__ __forceinline__ void weigh(const float (&S)[32], uint32_t v, uint32_t to) const {
+    const Lane l(afresh(thread));
+    const int own = 2 * l.warp;  // the eight of the first row; that of the second is the next
+    float rows[2], ends[8];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      rows[i] = shared_float(v + offsetof(TokenValues, decay) + (l.row + 8 * i) * 8);
+    uint32_t diagonal[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      // The row's eight is among four: a choice in registers.
+      float s[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float low = own & 2 ? S[4 * (2 + k) + 2 * k + j] : S[4 * k + 2 * k + j];
+        const float high = own & 2 ? S[4 * (6 + k) + 2 * k + j] : S[4 * (4 + k) + 2 * k + j];
+        s[j] = own & 4 ? high : low;
+      }
+      const float4 d = shared_float4(v + offsetof(TokenValues, decay) +
+                                     (8 * (own + k) + l.column) * 8);
+      const int i = l.lane / 4;
+      const float first = s[0] * (exp2_fast(rows[k] - d.x) * d.y);
+      const float second = s[1] * (exp2_fast(rows[k] - d.z) * d.w);
+      diagonal[k] = pack_two<T>(l.column > i ? 0.0f : first, l.column + 1 > i ? 0.0f : second);
+    }
+#pragma unroll
+    for (int b = 0; b < 8; b += 4) {
+      const float4 four = shared_float4(v + offsetof(TokenValues, eighths) + 4 * b);
+      ends[b] = four.x, ends[b + 1] = four.y, ends[b + 2] = four.z, ends[b + 3] = four.w;
+    }
+    to += l.products;
+#pragma unroll
+    for (int b = 0; b < 8; b += 2) {
+      uint32_t m[2][2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float2 near =
+            shared_float2(v + offsetof(TokenValues, near) + (8 * (b + c) + l.column) * 4);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float far = exp2_fast(rows[k] - ends[b + c]);
+          const float *const s = &S[4 * (b + c) + 2 * k];
+          const uint32_t word = pack_two<T>(s[0] * (near.x * far), s[1] * (near.y * far));
+          m[c][k] = b + c < own + k ? word : b + c == own + k ? diagonal[k] : 0;
+        }
+      }
+      store_matrices(to ^ (b << 4), m[0][0], m[0][1], m[1][0], m[1][1]);
+    }
+  }
+
+  __device__ __forceinline__ void give(const float (&S)[32], int part) {
+    // Not an array that a variable counts in: that would be in memory.
+    const uint32_t chunk = kHeads > 1 && part ? given[kHeads - 1]++ : given[0]++;
+    Place values = Place::of(chunk, kValuesPlaces), made = Place::of(chunk, kProductPlaces);
+    const uint32_t v = this->token_values(values, part);
+    const uint32_t gate = shared + at.product_gates(part) + made.stage * 16;
+    gate_wait(gate + 8, made.parity ^ 1);
+    weigh(S, v, shared + at.products(part, made.stage));
+    show_to_products();
+    this->arrive(gate);
+    this->leave_token_values(values, part);
+  }
+
+  __device__ __forceinline__ void walk(const Piece &w) {
+    if (w.pad) return;
+#pragma unroll 1
+    for (int t = w.begin; t < w.end;) {
+      float S[32];
+      t += this->next_note(place) & kTokensMask;
+      multiply(S);
+#pragma unroll 1
+      for (int part = 0; part < w.parts; ++part) give(S, part);
+    }
+  }
+};
+
+}  // namespace ssmk::cuda
