@@ -68,13 +68,15 @@ __global__ void __launch_bounds__(kWarpgroups<kHeads, kOutputs> *kWarpgroup, 1)
     give_registers<Registers::kBringer>();
     const int warp = __shfl_sync(~0u, int(threadIdx.x % kWarpgroup / 32), 0);
     const int lane = thread_number() & 31;
-    if (warp == kHeads) {
+    constexpr int kPreparers = TokenPreparer<kStates, kHeads, kOutputs>::kWarps;
+    if (warp == kHeads * kPreparers) {
       TileBringer<kStates, kHeads, kOutputs> tiles = {p, plan, from, at, shared, lane};
       each_piece<kHeads>(p, plan, [&](const Piece &w) {
         if (!w.pad) tiles.walk(w);
       });
-    } else if (warp < kHeads) {
-      TokenPreparer<kStates, kHeads, kOutputs> tokens = {p, plan, at, shared, warp, lane};
+    } else if (warp < kHeads * kPreparers) {
+      TokenPreparer<kStates, kHeads, kOutputs> tokens = {
+          p, plan, at, shared, warp / kPreparers, lane, warp % kPreparers};
       each_piece<kHeads>(p, plan, [&](const Piece &w) {
         if (!w.pad) tokens.walk(w);
       });

@@ -145,9 +145,9 @@ __device__ __forceinline__ int slice_of(const FusedPlan &plan, const Piece &w, i
 // What is per token of a chunk, for one head.  Decays are log2 of what is left of a state.
 struct alignas(16) TokenValues {
   float2 decay[kChunk];       // from the chunk's start; and dt'
-  float grown[kChunk];        // 2^ the first
-  float weight[kChunk];       // dt' times what is left at the chunk's end
-  float near[kChunk];         // dt' times what is left at the end of the token's eight
+  float grown[kChunk];              // 2^ the first
+  float weight[kChunk];             // dt' times what is left at the chunk's end
+  float near[kChunk];               // dt' times what is left at the end of the token's eight
   float eighths[kChunk / 8];  // decay at the ends of the eights
   float last, last_log;       // over the chunk: what is left, decay
 };
@@ -246,10 +246,11 @@ struct ChunkReader {
     __syncwarp();
     if ((thread & 31) == 0) gate_arrive(gate);
   }
-  // The next stage is full.
-  __device__ __forceinline__ int next_note(const Place &next) const {
+  // Waits for a stage's tiles.  Returns its note; t, end: tokens of the piece.
+  __device__ __forceinline__ int next_note(const Place &next, int t, int end) const {
     gate_wait(shared + at.gates() + next.stage * 16, next.parity);
-    return shared_int(shared + at.notes() + next.stage * 4);
+    return p.ncaptures > 0 ? shared_int(shared + at.notes() + next.stage * 4)
+                           : min(end - t, kChunk);
   }
   __device__ __forceinline__ void free_stage() {
     arrive(shared + at.gates() + place.stage * 16 + 8);
@@ -285,5 +286,12 @@ struct Lane {
     products = tile_piece(16 * warp + 8 * (m & 1) + r, m >> 1);
   }
 };
+
+// Values of a lane's columns: 8 b + column, and the next.
+__device__ __forceinline__ void load_columns(float2 (&to)[kChunk / 8], uint32_t from,
+                                             const Lane &l) {
+#pragma unroll
+  for (int b = 0; b < kChunk / 8; ++b) to[b] = shared_float2(from + l.column * 4 + b * 32);
+}
 
 }  // namespace ssmk::cuda

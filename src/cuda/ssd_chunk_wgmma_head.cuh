@@ -30,13 +30,6 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
     for (int k = 0; k < 4; ++k) load_transposed(v[k], tile + l.values + k * 16 * kTileRowBytes);
   }
 
-  // Values of this lane's columns: 8 b + column, and the next.
-  __device__ __forceinline__ void load_columns(float2 (&to)[8], uint32_t from,
-                                               const Lane &l) const {
-#pragma unroll
-    for (int b = 0; b < 8; ++b) to[b] = shared_float2(from + l.column * 4 + b * 32);
-  }
-
   // y^T = h C^T, under way when this returns; the state as it was before the chunk.
   __device__ __forceinline__ void state_product(float (&y)[32], uint32_t C) const {
     uint32_t a[kStates / 16][4];
@@ -144,7 +137,7 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
       const float2 over = shared_float2(v + offsetof(TokenValues, last));
       last = over.x;
       total += over.y;
-      t += this->next_note(next) & kTokensMask;
+      t += this->next_note(next, t, w.end) & kTokensMask;
       load_values(x, this->tiles(next.stage) + at.x(part), l);
       this->leave_token_values(values, part);
       weigh_values(to, x, weight);
@@ -182,7 +175,7 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
       bool captured;
 #pragma unroll 1
       do {
-        const int note = this->next_note(place), tokens = note & kTokensMask;
+        const int note = this->next_note(place, t, w.end), tokens = note & kTokensMask;
         const uint32_t B = this->tiles(place.stage), C = B + at.kSide;
         float y[32];
         uint32_t x[4][4], u[4][4];
@@ -250,7 +243,7 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
   __device__ __forceinline__ void walk(const Piece &w) {
     if (part >= w.parts) {  // nothing to do but keep step
       for (int t = w.begin; t < w.end && !w.pad;) {
-        t += this->next_note(place) & kTokensMask;
+        t += this->next_note(place, t, w.end) & kTokensMask;
         this->free_stage();
       }
       return;

@@ -118,68 +118,78 @@ struct TileBringer {
   }
 };
 
-// A warp for each head: what is per token.  A lane has two tokens of the chunk.
+// A warp, or kWarps in turn, for each head: what is per token.  A lane has two tokens of the chunk.
 template <int kStates, int kHeads, bool kOutputs>
 struct TokenPreparer {
+  static constexpr int kWarps = kHeads == 1 ? 2 : 1;
   const SsdChunkProblem &p;
   const FusedPlan &plan;
   const FusedShared<kStates, kHeads, kOutputs> &at;
   uint32_t shared;
-  int part, lane;
-  Place place = {};
+  int part, lane, mine;   // mine: of the warps in turn
+  uint32_t chunks = 0;    // so far
   float A = 0, bias = 0;  // of the head
 
-  // The inputs, as bits: they are asked for a chunk ahead.  Past the end the last one is read.
-  struct Inputs {
-    uint32_t dt[2], adt[2];
+  // Of this lane's tokens dt' and the log decay; 0 past the end.
+  struct Tokens {
+    float dt[2], decay[2];
   };
-  static __device__ __forceinline__ uint32_t bits_at(const View<3> &v, const char *from, int t) {
-    return load_bits(from + int64_t(t) * (v.stride[1] * (v.dtype == DType::kF32 ? 4 : 2)), v.dtype);
-  }
-  __device__ __forceinline__ void read(Inputs &to, const char *dt, const char *adt, int t,
-                                       int end) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = min(t + 2 * lane + i, end - 1);
-      to.dt[i] = bits_at(p.dt, dt, at);
-      if (!p.A.given()) to.adt[i] = bits_at(p.adt, adt, at);
-    }
-  }
+  // The inputs, as bits, asked for ahead.  Past the end the last one is read.
+  struct Inputs {
+    const char *dt, *adt;  // of token 0
+    uint32_t bits[4];
 
-  __device__ __forceinline__ void write(uint32_t to, const Inputs &from, int tokens) const {
-    float dt[2], decay[2];  // dt', and the log decay, summed up; 0 past the end
+    static __device__ __forceinline__ uint32_t load(const View<3> &v, const char *from, int t) {
+      const int64_t token = v.stride[1] * (v.dtype == DType::kF32 ? 4 : 2);
+      return load_bits(from + t * token, v.dtype);
+    }
+    __device__ __forceinline__ void ask(const SsdChunkProblem &p, int t, int end) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = min(t + i, end - 1);
+        bits[i] = load(p.dt, dt, at);
+        if (!p.A.given()) bits[2 + i] = load(p.adt, adt, at);
+      }
+    }
+  };
+  __device__ __forceinline__ Tokens tokens_of(const Inputs &from, int tokens) const {
+    Tokens v;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float value = transform_dt(p.dt_transform, value_of(from.dt[i], p.dt.dtype) + bias);
+      const float dt = transform_dt(p.dt_transform, value_of(from.bits[i], p.dt.dtype) + bias);
       // What is 0, or infinite, in float32 is cut off, so that sums stay finite.
       constexpr float kMost = 288;
-      float log = p.A.given() ? __fmul_rn(value, A) : value_of(from.adt[i], p.adt.dtype) * kLog2e;
+      float log = p.A.given() ? __fmul_rn(dt, A) : value_of(from.bits[2 + i], p.adt.dtype) * kLog2e;
       log = log < -kMost ? -kMost : log > kMost ? kMost : log;
       const bool own = 2 * lane + i < tokens;
-      dt[i] = own ? value : 0.0f;
-      decay[i] = own ? log : 0.0f;
+      v.dt[i] = own ? dt : 0.0f;
+      v.decay[i] = own ? log : 0.0f;
     }
-    float sum = decay[0] + decay[1];
+    return v;
+  }
+
+  __device__ __forceinline__ void write(uint32_t to, const Tokens &v) const {
+    float sum = v.decay[0] + v.decay[1];
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
       const float lower = __shfl_up_sync(~0u, sum, d);
       if (lane >= d) sum += lower;
     }
+    const float last = __shfl_sync(~0u, sum, 31), end = __shfl_sync(~0u, sum, lane | 3);
     float before = __shfl_up_sync(~0u, sum, 1);
     if (lane == 0) before = 0;
-    decay[0] += before, decay[1] = sum;
-    const float last = __shfl_sync(~0u, sum, 31), end = __shfl_sync(~0u, sum, lane | 3);
+    const float decay[2] = {before + v.decay[0], sum};
     const auto put = [&](int row, float a, float b) {
       shared_store(to + row + lane * 8, make_float2(a, b));
     };
     shared_store(to + offsetof(TokenValues, decay) + lane * 16,
-                 make_int4(__float_as_int(decay[0]), __float_as_int(dt[0]),
-                           __float_as_int(decay[1]), __float_as_int(dt[1])));
+                 make_int4(__float_as_int(decay[0]), __float_as_int(v.dt[0]),
+                           __float_as_int(decay[1]), __float_as_int(v.dt[1])));
     put(offsetof(TokenValues, grown), exp2_fast(decay[0]), exp2_fast(decay[1]));
-    put(offsetof(TokenValues, weight), exp2_fast(last - decay[0]) * dt[0],
-        exp2_fast(last - decay[1]) * dt[1]);
-    put(offsetof(TokenValues, near), exp2_fast(end - decay[0]) * dt[0],
-        exp2_fast(end - decay[1]) * dt[1]);
+    put(offsetof(TokenValues, weight), exp2_fast(last - decay[0]) * v.dt[0],
+        exp2_fast(last - decay[1]) * v.dt[1]);
+    put(offsetof(TokenValues, near), exp2_fast(end - decay[0]) * v.dt[0],
+        exp2_fast(end - decay[1]) * v.dt[1]);
     if ((lane & 3) == 3)
       shared_store(to + offsetof(TokenValues, eighths) + lane / 4 * 4, __float_as_int(end));
     if (lane == 0)
@@ -191,19 +201,24 @@ struct TokenPreparer {
     const int head = head_of(plan, w, part);
     bias = p.dt_bias.given() ? load_at(p.dt_bias, head) : 0.0f;
     A = p.A.given() ? load_at(p.A, head) * kLog2e : 0.0f;
-    const char *const dt = p.dt.at(w.row, 0, head);
-    const char *const adt = p.A.given() ? nullptr : p.adt.at(w.row, 0, head);
-    Inputs now, next;
-    read(now, dt, adt, w.begin, w.end);
+    Inputs inputs;
+    inputs.dt = p.dt.at(w.row, 0, head);
+    inputs.adt = p.A.given() ? nullptr : p.adt.at(w.row, 0, head);
+    // Where chunks are as long as can be it is known where the next one of this warp begins.
+    int asked = -1;
     each_chunk(p, w, [&](int t, int tokens, bool) {
-      if (t + tokens < w.end) read(next, dt, adt, t + tokens, w.end);
+      const uint32_t chunk = chunks++;
+      if (chunk % kWarps != mine) return;
+      if (asked != t) inputs.ask(p, t + 2 * lane, w.end);
+      const Tokens v = tokens_of(inputs, tokens);
+      asked = t + kWarps * kChunk;
+      if (asked < w.end) inputs.ask(p, asked + 2 * lane, w.end);
+      const Place place = Place::of(chunk, kValuesPlaces);
       const uint32_t full = shared + at.value_gates(part) + place.stage * 16;
       gate_wait(full + 8, place.parity ^ 1);
-      write(shared + at.values(part, place.stage), now, tokens);
+      write(shared + at.values(part, place.stage), v);
       __syncwarp();
       if (lane == 0) gate_arrive(full);
-      place.advance(kValuesPlaces);
-      now = next;
     });
   }
 };
