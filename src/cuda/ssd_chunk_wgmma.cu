@@ -20,7 +20,7 @@ constexpr int kWarpgroups = kHeads + (kOutputs ? 2 : 1);
 // Registers of their threads, together at most 512.
 template <int kHeads, bool kOutputs>
 struct Registers {
-  static constexpr int kOwner = kHeads == 1 ? 208 : kHeads == 2 ? 176 : 144;
+  static constexpr int kOwner = kHeads == 1 ? 208 : kHeads == 2 ? 184 : 144;
   static constexpr int kScores = kOutputs ? 96 : 0;
   static constexpr int kBringer = kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
 };

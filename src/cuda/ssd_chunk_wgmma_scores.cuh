@@ -98,25 +98,26 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, true> {
       float S[32];
       t += this->next_note(place, t, w.end) & kTokensMask;
       multiply(S, this->tiles(place.stage));
+      Decays decays;
+      load(decays, this->token_values(Place::of(given[0], kValuesPlaces), 0),
+           Lane(afresh(thread)));
+      products_wait<0>();
+      settle(S);
+      this->free_stage();
 #pragma unroll 1
-      for (int part = 0; part < w.parts; ++part) {
+      for (int part = 0;;) {
         // Not an array that a variable counts in: that would be in memory.
         const uint32_t chunk = kHeads > 1 && part ? given[kHeads - 1]++ : given[0]++;
         Place values = Place::of(chunk, kValuesPlaces), made = Place::of(chunk, kProductPlaces);
-        const Lane l(afresh(thread));
-        Decays decays;
-        load(decays, this->token_values(values, part), l);
-        if (part == 0) {
-          products_wait<0>();
-          settle(S);
-          this->free_stage();
-        }
         const uint32_t gate = shared + at.product_gates(part) + made.stage * 16;
         gate_wait(gate + 8, made.parity ^ 1);
-        weigh(S, decays, shared + at.products(part, made.stage), l);
+        weigh(S, decays, shared + at.products(part, made.stage), Lane(afresh(thread)));
         show_to_products();
         this->arrive(gate);
         this->leave_token_values(values, part);
+        if (++part >= w.parts) break;
+        load(decays, this->token_values(Place::of(given[kHeads - 1], kValuesPlaces), part),
+             Lane(afresh(thread)));
       }
     }
   }
