@@ -17,13 +17,13 @@
 
 #include "core/problem.h"
 #include "cuda/slots.cuh"
-#include "cuda/ssd_chunk_mma_ptx.cuh"
+#include "cuda/ssd_chunk_turns.cuh"
 
 namespace ssmk::cuda {
 
 constexpr int kRows = 64;   // of a chunk
 constexpr int kSlice = 64;  // channels of a head
-constexpr int kTeam = 256;  // threads of a block
+constexpr int kTeam = kTurners;  // threads of a block
 constexpr int kSliceBytes = kSlice * 2;
 constexpr int kSumsBytes = kSlice * kRows * 4;   // of half of the states
 constexpr int kTileBytes = kRows * kSliceBytes;  // 64 rows of a slice, or of M
@@ -35,12 +35,6 @@ extern __shared__ __align__(1024) char mma_shared[];
 struct MmaShared {
   int angles = 0, carry = 0, bias = 0, mimo = 0, u = 0, out = 0, sums = 0;
   int total = 0;
-};
-
-// How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some tokens
-// in a row.
-struct TurnCut {
-  int log_slots = 0, groups = 1, each = 1;  // slots: pairs, rounded up to a power of two
 };
 
 // Kinds of calls: without keys of a head's own, with them, and with more than one rank or weights
@@ -130,11 +124,6 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   return local == 0 || (local > 0 && local * plan.segment < size);
 }
 
-// The slice of a head that a block has: its first channel, and how many.
-struct MmaSlice {
-  int head, group, slice, channel, channels;
-};
-
 // What a block looks up from time to time: in shared memory, to leave the registers to the
 // products.
 struct BlockFacts {
@@ -142,7 +131,7 @@ struct BlockFacts {
   char *out;
   double A;
   float bias;  // of dt
-  MmaSlice slice;
+  HeadSlice slice;
   MmaSpan span;
 };
 
@@ -202,6 +191,17 @@ __device__ __forceinline__ uint32_t piece_at(int row, int piece, int bytes) {
 __device__ __forceinline__ uint32_t word_at(int row, int column, int bytes) {
   return piece_at(row, column >> 3, bytes) + ((column & 7) << 1);
 }
+
+template <int kStates>
+struct KeyRows {
+  static constexpr int kN = kStates, kRows = cuda::kRows;
+  static __device__ __forceinline__ uint32_t word(int row, int column) {
+    return word_at(row, column, kN * 2);
+  }
+  static __device__ __forceinline__ uint32_t piece(int row, int piece) {
+    return piece_at(row, piece, kN * 2);
+  }
+};
 
 // Brings `rows` rows of pieces to a tile of `to_rows`, the others are zeros; it has kTo at most.
 // `from`: the first row; row i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a

@@ -20,7 +20,7 @@ struct MmaLane {
 };
 
 // And what it works for.
-struct MmaThread : MmaLane, MmaSlice {
+struct MmaThread : MmaLane, HeadSlice {
   __device__ __forceinline__ int p(int k) const {  // channel of sums k
     return channel + own() + (k < 2 ? 0 : 8);
   }
@@ -137,114 +137,6 @@ __device__ __forceinline__ void add_before(MmaState<kN> &h, const SsdChunkProble
     }
   }
   __syncthreads();
-}
-
-// ---- Angles: 31 bits of a turn, and whether they are not finite as the lowest bit of the word.
-// Sums of them are exact, so a sequence may be cut anywhere.
-
-__device__ __forceinline__ uint32_t add_turns(uint32_t a, uint32_t b) {
-  return ((a & ~1u) + (b & ~1u)) | ((a | b) & 1u);
-}
-
-// pi tanh(angle) dt; not finite is marked in `bad`.
-__device__ __forceinline__ uint32_t turn_of(float angle, float dt, uint32_t *bad) {
-  const float e = exp2_fast(angle * (2.0f * kLog2e));  // may be infinite
-  const float half_turns = fmaf(-2.0f, reciprocal(1.0f + e), 1.0f) * dt;
-  if (!(fabsf(half_turns) < 3.4e38f)) *bad = 1u;
-  // The whole turns are beyond the upper end.
-  return uint32_t(__float2ll_rn(half_turns * 0x1p30f)) << 1;
-}
-
-__device__ __forceinline__ uint32_t turns_of_angle(float theta) {
-  if (!(fabsf(theta) < 3.4e38f)) return 1u;
-  const double turns = double(theta) * 0.15915494309189534561;
-  return uint32_t(__double2ll_rn((turns - floor(turns)) * 2147483648.0)) << 1;
-}
-__device__ __forceinline__ float angle_of_turns(uint32_t turns) {
-  if (turns & 1u) return __int_as_float(0x7fffffff);
-  const float theta = float(double(turns) * (6.283185307179586477 / 4294967296.0));
-  return theta < 6.2831855f ? theta : 0.0f;
-}
-// Marks are not looked at.
-__device__ __forceinline__ void sine_cosine_of(uint32_t turns, float *sine, float *cosine) {
-  // [-1/2, 1/2) of a turn, to 2^-23.
-  const float above_one = __uint_as_float(turns >> 9 ^ 0x00400000u | 0x3f800000u);
-  const float angle = fmaf(above_one, 6.283185307f, -1.5f * 6.283185307f);
-  *sine = __sinf(angle);
-  *cosine = __cosf(angle);
-}
-
-// ---- What else a head carries, at the end: written by all threads.
-
-// Copies the states where no token changed them.
-__device__ __forceinline__ void pass_states(const SsdChunkProblem &p, const MmaSpan &s,
-                                            const MmaThread &t, const HeadStates &from,
-                                            const HeadStates &to, int64_t entry) {
-  const auto value = [&](const auto &v, auto... i) {
-    return s.has_initial && v.given() ? load_at(v, i...) : 0.0f;
-  };
-  if (to.h.given())
-#pragma unroll 1
-    for (int i = t.thread; i < t.channels * int(p.dstate); i += kTeam) {
-      const int c = t.channel + i / int(p.dstate), n = i % int(p.dstate);
-      store_at(to.h, value(from.h, s.slot, t.head, c, n), entry, t.head, c, n);
-    }
-  if (to.v.given())
-#pragma unroll 1
-    for (int c = t.thread; c < t.channels; c += kTeam)
-      store_at(to.v, value(from.v, s.slot, t.head, t.channel + c), entry, t.head, t.channel + c);
-  if (t.slice > 0) return;
-  if (to.angle.given())
-#pragma unroll 1
-    for (int i = t.thread; i < p.mamba3.nangles; i += kTeam)
-      store_at(to.angle, value(from.angle, s.slot, t.head, i), entry, t.head, i);
-  if (to.k.given())
-#pragma unroll 1
-    for (int r = 0; r < p.mamba3.rank; ++r)
-#pragma unroll 1
-      for (int i = t.thread; i < p.dstate; i += kTeam)
-        store_at(to.k, value(from.k, s.slot, r, t.head, i), entry, r, t.head, i);
-}
-
-// The angle, k and v states after token `token`, whose angles are `turns`.
-__device__ __forceinline__ void write_parts(const SsdChunkProblem &p, int64_t row, int64_t token,
-                                            const MmaThread &t, const HeadStates &to, int64_t entry,
-                                            const uint32_t *turns) {
-  const Mamba3 &m = p.mamba3;
-  if (to.v.given())
-#pragma unroll 1
-    for (int c = t.thread; c < t.channels; c += kTeam)
-      store_at(to.v, load_at(p.x, row, token, t.head, t.channel + c), entry, t.head, t.channel + c);
-  if (t.slice > 0) return;
-  if (to.angle.given())
-#pragma unroll 1
-    for (int i = t.thread; i < m.nangles; i += kTeam)
-      store_at(to.angle, angle_of_turns(turns[i]), entry, t.head, i);
-  if (!to.k.given()) return;
-#pragma unroll 1
-  for (int r = 0; r < m.rank; ++r)
-#pragma unroll 1
-    for (int i = t.thread; i < p.dstate; i += kTeam) {
-      const int half = int(p.dstate) / 2;
-      const int pair = m.rotary_half ? (i < half ? i : i - half) : i >> 1;
-      const bool second = m.rotary_half ? i >= half : i & 1;
-      const auto key = [&](int n) {
-        const float k = load_at(p.B, row, token, r, t.group, n);
-        return m.B_bias.given() ? k + load_at(m.B_bias, t.head, r, n) : k;
-      };
-      float k = key(i);
-      if (pair < m.nangles) {
-        const int other = m.rotary_half ? (second ? i - half : i + half) : i ^ 1;
-        float sine, cosine;
-        if (turns[pair] & 1u) {
-          sine = cosine = __int_as_float(0x7fffffff);
-        } else {
-          sincospif(float(int32_t(turns[pair])) * 0x1p-31f, &sine, &cosine);
-        }
-        k = fmaf(k, cosine, (second ? sine : -sine) * key(other));
-      }
-      store_at(to.k, k, entry, r, t.head, i);
-    }
 }
 
 }  // namespace ssmk::cuda

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kTeam, 2)
   t.lane = t.thread & 31;
   t.pair = t.thread >> 5 & 3;
   t.half = t.thread >> 7;
-  MmaSlice of;
+  HeadSlice of;
   const unsigned unit = blockIdx.x / unsigned(plan.slices);
   of.slice = int(blockIdx.x % unsigned(plan.slices));
   of.head = int(unit % unsigned(p.nheads));
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kTeam, 2)
   }
   if (s.begin == s.end) {  // a sequence without tokens
     if (plan.states_only) return;
-    pass_states(p, s, {t, of}, p.initial, p.final, s.slot);
+    pass_states(p, s.has_initial, s.slot, of, p.initial, p.final, s.slot, t.thread, kTeam);
     return;
   }
 
@@ -289,15 +289,15 @@ __global__ void __launch_bounds__(kTeam, 2)
                   shared_address(own.weights), own.totals, t.thread);
         __syncthreads();
         if (m.rotary_half)
-          turn_keys<T, kN, kRanks, true>(cut, tiles, int(p.dstate), nangles, log_rank,
+          turn_keys<T, KeyRows<kN>, kRanks, true>(cut, tiles, int(p.dstate), nangles, log_rank,
                                          shared_address(own.weights), own.totals, carried(parity),
                                          carried(parity ^ 1), bias, t.thread);
         else
-          turn_keys<T, kN, kRanks, false>(cut, tiles, int(p.dstate), nangles, log_rank,
+          turn_keys<T, KeyRows<kN>, kRanks, false>(cut, tiles, int(p.dstate), nangles, log_rank,
                                           shared_address(own.weights), own.totals, carried(parity),
                                           carried(parity ^ 1), bias, t.thread);
       }
-      copy_keys<T, kN, kRanks>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank, bias,
+      copy_keys<T, KeyRows<kN>, kRanks>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank, bias,
                                t.thread);
       if (kRanks)
         spread_values<T>(shared_address(own.x), shared + at.u, floats(at.mimo), log_rank, t.thread);
@@ -372,7 +372,9 @@ __global__ void __launch_bounds__(kTeam, 2)
         const HeadStates &to = own_end ? p.final : p.captured;
         const int64_t entry = own_end ? span.slot : i;
         if (to.h.given()) write_state<kN>(h, to.h, entry, who, int(p.dstate), area);
-        if (kMamba3) write_parts(p, span.row, stop - 1, who, to, entry, carried(parity ^ 1));
+        if (kMamba3)
+          write_parts(p, span.row, stop - 1, facts->slice, to, entry, carried(parity ^ 1), t.thread,
+                      kTeam);
       }
       if (p.trap.given() && stop < span.seq_end) {
         // The weight of the last token alone.
