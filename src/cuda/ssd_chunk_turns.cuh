@@ -18,6 +18,14 @@ constexpr int kTurners = 256;  // threads that turn a chunk
 struct TurnCut {
   int log_slots = 0, groups = 1, each = 1;  // slots: pairs, rounded up to a power of two
 };
+inline TurnCut turn_cut_of(int64_t nangles, int tokens) {
+  TurnCut cut;
+  if (nangles == 0) return cut;
+  while (int64_t(2) << cut.log_slots < nangles) ++cut.log_slots;
+  cut.groups = kTurners >> cut.log_slots < tokens ? kTurners >> cut.log_slots : tokens;
+  cut.each = tokens / cut.groups;
+  return cut;
+}
 
 // The slice of a head that a block has: its first channel, and how many.
 struct HeadSlice {

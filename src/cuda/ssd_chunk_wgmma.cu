@@ -9,31 +9,37 @@
 #include "cuda/ssd_chunk_wgmma_head.cuh"
 #include "cuda/ssd_chunk_wgmma_scores.cuh"
 #include "cuda/ssd_chunk_wgmma_tiles.cuh"
+#include "cuda/ssd_chunk_wgmma_turner.cuh"
 
 namespace ssmk::cuda {
 namespace {
 
-// Warpgroups: one a head, that for the products within chunks, that which brings.
-template <int kHeads, bool kOutputs>
-constexpr int kWarpgroups = kHeads + (kOutputs ? 2 : 1);
-
-// Registers of their threads, together at most 512.
-template <int kHeads, bool kOutputs>
-struct Registers {
-  static constexpr int kOwner = kHeads == 1 ? 208 : kHeads == 2 ? 184 : 144;
-  static constexpr int kScores = kOutputs ? 96 : 0;
-  static constexpr int kBringer = kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
+// Warpgroups: one a head, that for the products within chunks, for Mamba-3 two that turn keys and
+// queries, and that which brings.
+template <int kHeads, int kMode>
+struct Roles {
+  static constexpr bool kOutputs = kMode != kStatesOnly, kTurns = kMode == kSiso;
+  static constexpr int kAll = kHeads + kOutputs + 2 * kTurns + 1;
+  // Registers of their threads, together at most 512; 480 with five warpgroups.
+  static constexpr int kOwner = kTurns ? 176 : kHeads == 1 ? 208 : kHeads == 2 ? 184 : 144;
+  static constexpr int kScores = !kOutputs ? 0 : kTurns ? 88 : 96;
+  static constexpr int kTurner = 80;
+  static constexpr int kBringer =
+      kTurns ? 56 : kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
 };
 
-template <class T, int kStates, int kHeads, bool kOutputs>
-__global__ void __launch_bounds__(kWarpgroups<kHeads, kOutputs> *kWarpgroup, 1)
+template <class T, int kStates, int kHeads, int kMode>
+__global__ void __launch_bounds__(Roles<kHeads, kMode>::kAll *kWarpgroup, 1)
     ssd_fused(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ FusedPlan plan,
               const __grid_constant__ FusedSources from) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Registers = Registers<kHeads, kOutputs>;
+  using Roles = Roles<kHeads, kMode>;
+  constexpr bool kOutputs = Roles::kOutputs;
   extern __shared__ char raw[];
   const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
-  const FusedShared<kStates, kHeads, kOutputs> at(plan.stages, kOutputs && p.z.given());
+  char *const generic = raw + (shared - shared_address(raw));
+  const FusedShared<kStates, kHeads, kMode> at(plan.stages, kOutputs && p.z.given(),
+                                                Roles::kTurns ? TurnerPlaces(p).bytes : 0);
   const int role = __shfl_sync(~0u, int(threadIdx.x / kWarpgroup), 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < at.stages; ++i) {
@@ -49,33 +55,43 @@ __global__ void __launch_bounds__(kWarpgroups<kHeads, kOutputs> *kWarpgroup, 1)
       gate_make(shared + at.product_gates(0) + i * 16 + 8, 4);
     }
     gate_make(shared + at.cut_gate(), 1);
+    for (int i = 0; Roles::kTurns && i < at.stages; ++i)
+      gate_make(shared + at.ready_gate(i), kTurners / 32);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   wait_for_previous();
   start_next();
   if (role < kHeads) {
-    take_registers<Registers::kOwner>();
-    HeadOwner<T, kStates, kHeads, kOutputs> head(p, plan, from.out, at, shared, role);
+    take_registers<Roles::kOwner>();
+    HeadOwner<T, kStates, kHeads, kMode> head(p, plan, from.out, at, shared, generic, role);
     each_piece<kHeads>(p, plan, [&](const Piece &w) { head.walk(w); });
   } else if (kOutputs && role == kHeads) {
     if constexpr (kOutputs) {
-      give_registers<Registers::kScores>();
-      ScoreMaker<T, kStates, kHeads> scores(p, at, shared);
+      give_registers<Roles::kScores>();
+      ScoreMaker<T, kStates, kHeads, kMode> scores(p, at, shared);
       each_piece<kHeads>(p, plan, [&](const Piece &w) { scores.walk(w); });
     }
+  } else if (Roles::kTurns && role < kHeads + 3) {
+    if constexpr (Roles::kTurns) {
+      give_registers<Roles::kTurner>();
+      KeyTurner<T, kStates, kHeads, kMode> keys = {
+          p, plan, at, shared, generic,
+          thread_number() - (kHeads + 1) * kWarpgroup};
+      each_piece<kHeads>(p, plan, [&](const Piece &w) { keys.walk(w); });
+    }
   } else {
-    give_registers<Registers::kBringer>();
+    give_registers<Roles::kBringer>();
     const int warp = __shfl_sync(~0u, int(threadIdx.x % kWarpgroup / 32), 0);
     const int lane = thread_number() & 31;
-    constexpr int kPreparers = TokenPreparer<kStates, kHeads, kOutputs>::kWarps;
+    constexpr int kPreparers = TokenPreparer<kStates, kHeads, kMode>::kWarps;
     if (warp == kHeads * kPreparers) {
-      TileBringer<kStates, kHeads, kOutputs> tiles = {p, plan, from, at, shared, lane};
+      TileBringer<kStates, kHeads, kMode> tiles = {p, plan, from, at, shared, lane};
       each_piece<kHeads>(p, plan, [&](const Piece &w) {
         if (!w.pad) tiles.walk(w);
       });
     } else if (warp < kHeads * kPreparers) {
-      TokenPreparer<kStates, kHeads, kOutputs> tokens = {
+      TokenPreparer<kStates, kHeads, kMode> tokens = {
           p, plan, at, shared, warp / kPreparers, lane, warp % kPreparers};
       each_piece<kHeads>(p, plan, [&](const Piece &w) {
         if (!w.pad) tokens.walk(w);
@@ -187,8 +203,12 @@ double busy(int64_t blocks) {
 
 struct Cut {
   FusedPlan plan;
-  int heads = 2;
+  int heads = 2, mode = kMamba2;
 };
+
+bool is_mamba3(const SsdChunkProblem &p) {
+  return p.mamba3.any() || p.trap.given() || p.angles.given();
+}
 
 // Found by measuring on one H200 (docs/measurements_gpu.md): a chunk takes two heads 1.5 times as
 // long as one; the launches for segments pay from 256 chunks on.
@@ -196,9 +216,15 @@ Cut cut_of(const SsdChunkProblem &p) {
   constexpr int64_t kLong = 256, kShort = 16, kShortest = 32;  // chunks; the last of a segment
   Cut c;
   FusedPlan &plan = c.plan;
+  c.mode = is_mamba3(p) ? kSiso : kMamba2;
   plan.slices = int(p.headdim / kSlice);
   plan.parts_per_group = int(p.nheads / p.ngroups) * plan.slices;
   const int64_t chunks = (p.seqlen + kChunk - 1) / kChunk, tracks = tracks_of(p, 2);
+  if (c.mode == kSiso) {
+    c.heads = 1;
+    plan.turn_cut = turn_cut_of(p.mamba3.nangles, kChunk);
+    return c;
+  }
   const bool even = !p.seqs.cu_seqlens.given() && p.ncaptures == 0 && chunks > 0;
   if (tracks >= kMultiprocessors) {
     if (even && (chunks < kShort || busy(tracks) < 0.9)) plan.chunks = int(chunks);
@@ -233,10 +259,11 @@ uint64_t workspace(const SsdChunkProblem &p) {
 
 // ---- The launches
 
-template <class T, int kStates, int kHeads, bool kOutputs>
+template <class T, int kStates, int kHeads, int kMode>
 ssmk_status run_fused(const SsdChunkProblem &p, FusedPlan plan, const FusedSources &from,
                       const Call &call) {
-  const auto kernel = ssd_fused<T, kStates, kHeads, kOutputs>;
+  const auto kernel = ssd_fused<T, kStates, kHeads, kMode>;
+  constexpr bool kOutputs = kMode != kStatesOnly;
   plan.walked = kOutputs ? plan.segments : plan.segments - 1;
   plan.blocks_per_group = (plan.parts_per_group + kHeads - 1) / kHeads;
   plan.tracks = int(tracks_of(p, kHeads));
@@ -253,23 +280,26 @@ ssmk_status run_fused(const SsdChunkProblem &p, FusedPlan plan, const FusedSourc
   constexpr int kRoom = 227 * 1024, kMostStages = 5;
   const bool gated = kOutputs && p.z.given();
   const auto bytes = [&](int stages) {
-    return FusedShared<kStates, kHeads, kOutputs>(stages, gated).bytes();
+    return FusedShared<kStates, kHeads, kMode>(stages, gated,
+                                               kMode == kSiso ? TurnerPlaces(p).bytes : 0)
+        .bytes();
   };
   for (plan.stages = 2; plan.stages < kMostStages && bytes(plan.stages + 1) <= kRoom;)
     ++plan.stages;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes(plan.stages));
   if (error != cudaSuccess) return device_error(call, "preparing", error);
-  return launch(call, kernel, dim3(unsigned(blocks)), dim3(kWarpgroups<kHeads, kOutputs> * kWarpgroup),
+  return launch(call, kernel, dim3(unsigned(blocks)), dim3(Roles<kHeads, kMode>::kAll * kWarpgroup),
                 bytes(plan.stages), p, plan, from);
 }
 
 template <class T, int kStates>
 ssmk_status run_cut(const SsdChunkProblem &p, const Cut &c, const FusedSources &from,
                     const Call &call) {
-  if (c.heads == 1) return run_fused<T, kStates, 1, true>(p, c.plan, from, call);
+  if (c.mode == kSiso) return run_fused<T, kStates, 1, kSiso>(p, c.plan, from, call);
+  if (c.heads == 1) return run_fused<T, kStates, 1, kMamba2>(p, c.plan, from, call);
   if (c.plan.segments > 1) {
-    const ssmk_status status = run_fused<T, kStates, 3, false>(p, c.plan, from, call);
+    const ssmk_status status = run_fused<T, kStates, 3, kStatesOnly>(p, c.plan, from, call);
     if (status) return status;
   }
   if (c.plan.segments > 2) {
@@ -281,7 +311,7 @@ ssmk_status run_cut(const SsdChunkProblem &p, const Cut &c, const FusedSources &
                c.plan.states, static_cast<const float *>(c.plan.decays), parts, c.plan.segments);
     if (status) return status;
   }
-  return run_fused<T, kStates, 2, true>(p, c.plan, from, call);
+  return run_fused<T, kStates, 2, kMamba2>(p, c.plan, from, call);
 }
 
 ssmk_status run(const SsdChunkProblem &p, const Call &call) {
@@ -304,12 +334,28 @@ ssmk_status run(const SsdChunkProblem &p, const Call &call) {
               : run_cut<__half, 128>(p, c, from, call);
 }
 
+const char *refuses_mamba3(const SsdChunkProblem &p) {
+  const Mamba3 &m = p.mamba3;
+  if (m.rank > 1 || m.mimo_x.given() || m.mimo_z.given() || m.mimo_out.given()) return "MIMO";
+  if (m.norm_weight.given()) return "norm";
+  if (p.ncaptures > 0) return "Mamba-3 with captured states";
+  if (p.headdim != kSlice) return "Mamba-3 with a headdim other than 64";
+  if (m.nangles % 8) return "nangles is not a multiple of 8";
+  if (m.nangles > 0 && !packs_along(p.angles, 3, 16)) return "angles that are not packed in 16 bytes";
+  // Sequences are not cut here.
+  constexpr int64_t kFew = 16, kLong = 32 * kChunk;
+  if (p.nheads * (p.batch_invariant ? 1 : p.seqs.nseq) < kFew &&
+      (p.batch_invariant || p.seqlen > kLong))
+    return "few heads of Mamba-3";
+  return nullptr;
+}
+
 const char *refuses(const SsdChunkProblem &p, int capability) {
 #if !defined(SSMK_SM_90A)
   return "not built for sm_90a";
 #endif
   if (capability != 90) return "needs compute capability 9.0";
-  if (p.mamba3.any() || p.trap.given() || p.angles.given()) return "Mamba-3";
+  if (const char *const why = is_mamba3(p) ? refuses_mamba3(p) : nullptr) return why;
   const DType dtype = p.x.dtype;
   if (dtype != DType::kBF16 && dtype != DType::kF16) return "x is not of 16 bits";
   if (p.B.dtype != dtype || p.C.dtype != dtype || p.out.dtype != dtype ||

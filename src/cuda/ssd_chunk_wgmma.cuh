@@ -30,9 +30,13 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/slots.cuh"
+#include "cuda/ssd_chunk_turns.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace ssmk::cuda {
+
+// What a launch is for: the states that segments add, outputs of Mamba-2, those of Mamba-3 (SISO).
+constexpr int kStatesOnly = 0, kMamba2 = 1, kSiso = 2;
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kSlice = 64;  // rows of a state
@@ -51,6 +55,7 @@ struct FusedPlan {
   float *states = nullptr;    // handed on, (any, parts, kSlice * dstate), as threads hold them
   float *decays = nullptr;    // log2, (any, parts): of segments
   uint32_t *flags = nullptr;  // stream: (blocks, kHeads): 1 where a state is there
+  TurnCut turn_cut;           // Mamba-3
 };
 
 // What a block does in one go: tokens of one track.
@@ -148,6 +153,8 @@ struct alignas(16) TokenValues {
   float grown[kChunk];              // 2^ the first
   float weight[kChunk];             // dt' times what is left at the chunk's end
   float near[kChunk];               // dt' times what is left at the end of the token's eight
+  float same[kChunk];         // Mamba-3: for the token itself, in place of dt'
+  float dt[kChunk];           // dt' itself, where the above is a token's weight for later ones
   float eighths[kChunk / 8];  // decay at the ends of the eights
   float last, last_log;       // over the chunk: what is left, decay
 };
@@ -164,16 +171,19 @@ struct FusedSources {
 
 // Stages of (B, C, x of each part, z of each part); then for each part the outputs and the products
 // within a chunk; then what the copy engine and the tensor cores have no part in.
-template <int kStates, int kHeads, bool kOutputs>
+template <int kStates, int kHeads, int kMode>
 struct FusedShared {
+  static constexpr bool kOutputs = kMode != kStatesOnly, kTurns = kMode == kSiso;
   static constexpr int kSide = kStates / 64 * kTile;  // bytes of B, or C
   static constexpr int kValues = kOutputs ? 2 * kSide : kSide;
   // Warps that read a stage, and what is per token of a part.
-  static constexpr int kStageReaders = 4 * (kHeads + kOutputs), kValuesReaders = 4 * (1 + kOutputs);
-  int stages, stage;
+  static constexpr int kStageReaders = 4 * (kHeads + kOutputs), kValuesReaders = 4 * (1 + kOutputs + 2 * kTurns);
+  int stages, stage, turner_bytes;
 
-  __host__ __device__ FusedShared(int stages, bool has_z)
-      : stages(stages), stage(kValues + kHeads * kTile * (has_z ? 2 : 1)) {}
+  __host__ __device__ FusedShared(int stages, bool has_z, int turner_bytes)
+      : stages(stages),
+        stage(kValues + kHeads * kTile * (has_z ? 2 : 1)),
+        turner_bytes(turner_bytes) {}
   __host__ __device__ int x(int part) const { return kValues + part * kTile; }
   __host__ __device__ int z(int part) const { return kValues + (kHeads + part) * kTile; }
   // Two tiles for each part.
@@ -201,11 +211,16 @@ struct FusedShared {
     return value_gates(kHeads) + part * kProductPlaces * 16;
   }
   __host__ __device__ int cut_gate() const { return product_gates(kHeads); }
+  // Mamba-3: the stage's keys and queries are turned.  Else it is ready when it is full.
+  __host__ __device__ int ready_gate(int stage) const {
+    return kTurns ? cut_gate() + 8 + stage * 8 : gates() + stage * 16;
+  }
   // Where a part's outputs go: row, head and slice.
   __host__ __device__ int targets(int part) const {
-    return (cut_gate() + 8 + 15) / 16 * 16 + part * 16;
+    return (cut_gate() + 8 + (kTurns ? stages * 8 : 0) + 15) / 16 * 16 + part * 16;
   }
-  __host__ __device__ int bytes() const { return targets(kHeads) + 1024; }
+  __host__ __device__ int turner() const { return targets(kHeads); }
+  __host__ __device__ int bytes() const { return turner() + turner_bytes + 1024; }
 };
 
 // A place among the stages, and how often their gates have opened.
@@ -227,16 +242,17 @@ struct Place {
 
 // Where a warpgroup stands in what comes chunk by chunk: the tiles' stages, and what is per token
 // of its parts.
-template <int kStates, int kHeads, bool kOutputs>
+template <int kStates, int kHeads, int kMode>
 struct ChunkReader {
+  static constexpr bool kOutputs = kMode != kStatesOnly;
   const SsdChunkProblem &p;
-  const FusedShared<kStates, kHeads, kOutputs> &at;
+  const FusedShared<kStates, kHeads, kMode> &at;
   uint32_t shared;
   int thread;   // of the warpgroup
   Place place;  // of the tiles
 
   __device__ __forceinline__ ChunkReader(const SsdChunkProblem &p,
-                                         const FusedShared<kStates, kHeads, kOutputs> &at,
+                                         const FusedShared<kStates, kHeads, kMode> &at,
                                          uint32_t shared)
       : p(p), at(at), shared(shared), thread(thread_number() % kWarpgroup) {}
 
@@ -248,7 +264,7 @@ struct ChunkReader {
   }
   // Waits for a stage's tiles.  Returns its note; t, end: tokens of the piece.
   __device__ __forceinline__ int next_note(const Place &next, int t, int end) const {
-    gate_wait(shared + at.gates() + next.stage * 16, next.parity);
+    gate_wait(shared + at.ready_gate(next.stage), next.parity);
     return p.ncaptures > 0 ? shared_int(shared + at.notes() + next.stage * 4)
                            : min(end - t, kChunk);
   }

@@ -3,23 +3,25 @@
 #pragma once
 
 #include "cuda/ssd_chunk_wgmma_state.cuh"
+#include "cuda/ssd_chunk_wgmma_turner.cuh"
 
 namespace ssmk::cuda {
 
-template <class T, int kStates, int kHeads, bool kOutputs>
-struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
-  using Held = HeldState<kStates, kHeads, kOutputs>;
-  using Held::at, Held::h, Held::here, Held::kHeld, Held::p, Held::part, Held::place, Held::plan,
+template <class T, int kStates, int kHeads, int kMode>
+struct HeadOwner : HeldState<kStates, kHeads, kMode> {
+  using Held = HeldState<kStates, kHeads, kMode>;
+  using Held::at, Held::kOutputs, Held::h, Held::here, Held::kHeld, Held::p, Held::part, Held::place, Held::plan,
       Held::shared, Held::thread;
   const TileSource &out_to;
+  char *generic;        // the shared memory
   Place values, made;   // of what is per token; of M
   float D[2] = {0, 0};  // of the two rows
 
   __device__ __forceinline__ HeadOwner(const SsdChunkProblem &p, const FusedPlan &plan,
                                        const TileSource &out_to,
-                                       const FusedShared<kStates, kHeads, kOutputs> &at,
-                                       uint32_t shared, int part)
-      : Held(p, plan, at, shared, part), out_to(out_to) {}
+                                       const FusedShared<kStates, kHeads, kMode> &at,
+                                       uint32_t shared, char *generic, int part)
+      : Held(p, plan, at, shared, part), out_to(out_to), generic(generic) {}
 
   // ---- A chunk
 
@@ -240,6 +242,24 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
           make_uint4(0, 0, 0, 0);
   }
 
+  // Mamba-3: the other states at the sequence's end.
+  __device__ __forceinline__ void write_carried(const Piece &w, int64_t slot, int head) const {
+    const HeadSlice all = {head, w.group, 0, 0, kSlice};
+    if (w.begin < w.end) {
+      const TurnerPlaces own(p);
+      const int chunks = (w.end - w.begin + kChunk - 1) / kChunk;
+      const uint32_t *const turns = reinterpret_cast<const uint32_t *>(
+          generic + at.turner() + carry_after(own, chunks, int(p.mamba3.nangles)));
+      write_parts(p, w.row, w.end - 1, all, p.final, slot, turns, thread, kWarpgroup);
+    } else {
+      HeadStates to = p.final;
+      to.h = {};
+      const View<1> &flags = p.seqs.has_initial_state;
+      pass_states(p, !flags.given() || *flags.at(w.s) != 0, slot, all, p.initial, to, slot, thread,
+                  kWarpgroup);
+    }
+  }
+
   __device__ __forceinline__ void walk(const Piece &w) {
     if (part >= w.parts) {  // nothing to do but keep step
       for (int t = w.begin; t < w.end && !w.pad;) {
@@ -263,6 +283,7 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) h[i] = 0;
     }
+    if constexpr (kMode == kSiso) this->add_before(w, slot, head);
     if (!kOutputs && w.kept >= 0) this->park(w.kept);
     float total = 0;
     if constexpr (kOutputs) {
@@ -277,6 +298,7 @@ struct HeadOwner : HeldState<kStates, kHeads, kOutputs> {
     }
     if (w.to >= 0 && (!kOutputs || plan.chunks)) this->hand_on(w, total);
     if (kOutputs && w.ends && p.final.h.given()) this->write(p.final.h, slot, head, slice);
+    if constexpr (kMode == kSiso) write_carried(w, slot, head);
   }
 };
 

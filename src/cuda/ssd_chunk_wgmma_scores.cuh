@@ -7,14 +7,14 @@
 
 namespace ssmk::cuda {
 
-template <class T, int kStates, int kHeads>
-struct ScoreMaker : ChunkReader<kStates, kHeads, true> {
-  using Reader = ChunkReader<kStates, kHeads, true>;
+template <class T, int kStates, int kHeads, int kMode>
+struct ScoreMaker : ChunkReader<kStates, kHeads, kMode> {
+  using Reader = ChunkReader<kStates, kHeads, kMode>;
   using Reader::at, Reader::place, Reader::shared, Reader::thread;
   uint32_t given[kHeads] = {};  // chunks, by part
 
   __device__ __forceinline__ ScoreMaker(const SsdChunkProblem &p,
-                                        const FusedShared<kStates, kHeads, true> &at,
+                                        const FusedShared<kStates, kHeads, kMode> &at,
                                         uint32_t shared)
       : Reader(p, at, shared) {}
 
@@ -36,6 +36,7 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, true> {
     float rows[2], ends[8];
     float4 own[2];
     float2 near[8];
+    float2 same[2];
   };
   __device__ __forceinline__ void load(Decays &d, uint32_t v, const Lane &l) const {
 #pragma unroll
@@ -49,6 +50,11 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, true> {
       const float4 four = shared_float4(v + offsetof(TokenValues, eighths) + 4 * b);
       d.ends[b] = four.x, d.ends[b + 1] = four.y, d.ends[b + 2] = four.z, d.ends[b + 3] = four.w;
     }
+    if constexpr (kMode == kSiso)
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        d.same[k] = shared_float2(v + offsetof(TokenValues, same) +
+                                  (16 * l.warp + 8 * k + l.column) * 4);
     load_columns(d.near, v + offsetof(TokenValues, near), l);
   }
 
@@ -69,9 +75,14 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, true> {
         s[j] = own & 4 ? high : low;
       }
       const int i = l.lane / 4;
-      const float first = s[0] * (exp2_fast(d.rows[k] - d.own[k].x) * d.own[k].y);
-      const float second = s[1] * (exp2_fast(d.rows[k] - d.own[k].z) * d.own[k].w);
-      diagonal[k] = pack_two<T>(l.column > i ? 0.0f : first, l.column + 1 > i ? 0.0f : second);
+      float first = exp2_fast(d.rows[k] - d.own[k].x) * d.own[k].y;
+      float second = exp2_fast(d.rows[k] - d.own[k].z) * d.own[k].w;
+      if constexpr (kMode == kSiso) {
+        first = l.column == i ? d.same[k].x : first;
+        second = l.column + 1 == i ? d.same[k].y : second;
+      }
+      diagonal[k] = pack_two<T>(l.column > i ? 0.0f : s[0] * first,
+                                l.column + 1 > i ? 0.0f : s[1] * second);
     }
     to += l.products;
 #pragma unroll

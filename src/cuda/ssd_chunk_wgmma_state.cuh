@@ -7,17 +7,17 @@
 
 namespace ssmk::cuda {
 
-template <int kStates, int kHeads, bool kOutputs>
-struct HeldState : ChunkReader<kStates, kHeads, kOutputs> {
+template <int kStates, int kHeads, int kMode>
+struct HeldState : ChunkReader<kStates, kHeads, kMode> {
   static constexpr int kHeld = kSlice * kStates / kWarpgroup;  // states of a thread
-  using Reader = ChunkReader<kStates, kHeads, kOutputs>;
+  using Reader = ChunkReader<kStates, kHeads, kMode>;
   using Reader::thread;
   const FusedPlan &plan;
   int part;  // of the block
   float h[kHeld];
 
   __device__ __forceinline__ HeldState(const SsdChunkProblem &p, const FusedPlan &plan,
-                                       const FusedShared<kStates, kHeads, kOutputs> &at,
+                                       const FusedShared<kStates, kHeads, kMode> &at,
                                        uint32_t shared, int part)
       : Reader(p, at, shared), plan(plan), part(part) {}
 
@@ -65,6 +65,27 @@ struct HeldState : ChunkReader<kStates, kHeads, kOutputs> {
       }
       to += 8 * next;
     }
+  }
+
+  // Mamba-3: what the first token owes to the one before it, h += share v k^T.
+  __device__ __forceinline__ void add_before(const Piece &w, int64_t slot, int head) {
+    const SsdChunkProblem &p = this->p;
+    const View<1> &flags = p.seqs.has_initial_state;
+    if (w.begin == w.end || !p.trap.given() || !p.initial.k.given() || !p.initial.v.given() ||
+        (flags.given() && *flags.at(w.s) == 0))
+      return;
+    const float share = first_share(p, w.row, w.begin, head);
+    const Lane l = here();
+    const float v[2] = {load_at(p.initial.v, slot, head, l.row) * share,
+                        load_at(p.initial.v, slot, head, l.row + 8) * share};
+#pragma unroll
+    for (int b = 0; b < kStates / 8; ++b)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float k = load_at(p.initial.k, slot, 0, head, 8 * b + l.column + j);
+        h[4 * b + j] = fmaf(v[0], k, h[4 * b + j]);
+        h[4 * b + 2 + j] = fmaf(v[1], k, h[4 * b + 2 + j]);
+      }
   }
 
   // To and from other blocks, as the threads hold them.

@@ -39,13 +39,14 @@ __device__ __forceinline__ void each_chunk(const SsdChunkProblem &p, const Piece
 }
 
 // One warp: the tiles.  A lane fetches one of them, or none.
-template <int kStates, int kHeads, bool kOutputs>
+template <int kStates, int kHeads, int kMode>
 struct TileBringer {
+  static constexpr bool kOutputs = kMode != kStatesOnly;
   static constexpr int kWide = kStates / 64;  // tiles of B, or C
   const SsdChunkProblem &p;
   const FusedPlan &plan;
   const FusedSources &from;
-  const FusedShared<kStates, kHeads, kOutputs> &at;
+  const FusedShared<kStates, kHeads, kMode> &at;
   uint32_t shared;
   int lane;
   Place place = {};
@@ -119,51 +120,78 @@ struct TileBringer {
 };
 
 // A warp, or kWarps in turn, for each head: what is per token.  A lane has two tokens of the chunk.
-template <int kStates, int kHeads, bool kOutputs>
+template <int kStates, int kHeads, int kMode>
 struct TokenPreparer {
   static constexpr int kWarps = kHeads == 1 ? 2 : 1;
   const SsdChunkProblem &p;
   const FusedPlan &plan;
-  const FusedShared<kStates, kHeads, kOutputs> &at;
+  const FusedShared<kStates, kHeads, kMode> &at;
   uint32_t shared;
   int part, lane, mine;   // mine: of the warps in turn
   uint32_t chunks = 0;    // so far
   float A = 0, bias = 0;  // of the head
 
-  // Of this lane's tokens dt' and the log decay; 0 past the end.
+  // Of this lane's tokens dt', the log decay and, Mamba-3, the weights for later tokens and for the
+  // token itself: h takes up what a token adds in two shares, the second with the token after it.
+  // 0 past the end.
   struct Tokens {
-    float dt[2], decay[2];
+    float dt[2], decay[2], later[2], same[2];
   };
-  // The inputs, as bits, asked for ahead.  Past the end the last one is read.
+  // The inputs, as bits, asked for ahead; Mamba-3: of the token after them, too.  Past the end the
+  // last one is read.
+  static constexpr int kAsked = kMode == kSiso ? 3 : 2;
   struct Inputs {
-    const char *dt, *adt;  // of token 0
-    uint32_t bits[4];
+    uint32_t dts[kAsked], adts[2], traps[kAsked];
 
     static __device__ __forceinline__ uint32_t load(const View<3> &v, const char *from, int t) {
       const int64_t token = v.stride[1] * (v.dtype == DType::kF32 ? 4 : 2);
       return load_bits(from + t * token, v.dtype);
     }
-    __device__ __forceinline__ void ask(const SsdChunkProblem &p, int t, int end) {
+    template <int N>
+    static __device__ __forceinline__ void ask(uint32_t (&to)[N], const View<3> &v, int row,
+                                               int head, int t, int end) {
+      const char *const from = v.at(row, 0, head);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = min(t + i, end - 1);
-        bits[i] = load(p.dt, dt, at);
-        if (!p.A.given()) bits[2 + i] = load(p.adt, adt, at);
-      }
+      for (int i = 0; i < N; ++i) to[i] = load(v, from, min(t + i, end - 1));
+    }
+    __device__ __forceinline__ void ask(const SsdChunkProblem &p, int row, int head, int t,
+                                        int end) {
+      ask(dts, p.dt, row, head, t, end);
+      if (!p.A.given()) ask(adts, p.adt, row, head, t, end);
+      if (kMode == kSiso && p.trap.given()) ask(traps, p.trap, row, head, t, end);
     }
   };
-  __device__ __forceinline__ Tokens tokens_of(const Inputs &from, int tokens) const {
+  // left: tokens from the chunk's first to the end of the sequence.
+  __device__ __forceinline__ Tokens tokens_of(const Inputs &from, int tokens, int left) const {
     Tokens v;
+    float dt[kAsked], share[kAsked];
+#pragma unroll
+    for (int i = 0; i < kAsked; ++i) {
+      dt[i] = transform_dt(p.dt_transform, value_of(from.dts[i], p.dt.dtype) + bias);
+      float now = dt[i];
+      share[i] = 0;
+      if (kMode == kSiso && p.trap.given()) {
+        const float trap = value_of(from.traps[i], p.trap.dtype);
+        const float own = p.mamba3.trap_sigmoid ? trap : sigmoid(trap);
+        now *= own;
+        share[i] = dt[i] * (p.mamba3.trap_sigmoid ? 1.0f - trap : sigmoid(-trap));
+      }
+      if (i < 2) v.same[i] = now;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float dt = transform_dt(p.dt_transform, value_of(from.bits[i], p.dt.dtype) + bias);
       // What is 0, or infinite, in float32 is cut off, so that sums stay finite.
       constexpr float kMost = 288;
-      float log = p.A.given() ? __fmul_rn(dt, A) : value_of(from.bits[2 + i], p.adt.dtype) * kLog2e;
+      float log = p.A.given() ? __fmul_rn(dt[i], A) : value_of(from.adts[i], p.adt.dtype) * kLog2e;
       log = log < -kMost ? -kMost : log > kMost ? kMost : log;
-      const bool own = 2 * lane + i < tokens;
-      v.dt[i] = own ? dt : 0.0f;
+      const int at = 2 * lane + i;
+      const bool own = at < tokens;
+      float later = v.same[i];
+      if constexpr (kMode == kSiso) later += at + 1 < left ? share[i + 1] : 0.0f;
+      v.dt[i] = own ? dt[i] : 0.0f;
       v.decay[i] = own ? log : 0.0f;
+      v.later[i] = own ? later : 0.0f;
+      v.same[i] = own ? v.same[i] : 0.0f;
     }
     return v;
   }
@@ -183,13 +211,17 @@ struct TokenPreparer {
       shared_store(to + row + lane * 8, make_float2(a, b));
     };
     shared_store(to + offsetof(TokenValues, decay) + lane * 16,
-                 make_int4(__float_as_int(decay[0]), __float_as_int(v.dt[0]),
-                           __float_as_int(decay[1]), __float_as_int(v.dt[1])));
+                 make_int4(__float_as_int(decay[0]), __float_as_int(v.later[0]),
+                           __float_as_int(decay[1]), __float_as_int(v.later[1])));
     put(offsetof(TokenValues, grown), exp2_fast(decay[0]), exp2_fast(decay[1]));
-    put(offsetof(TokenValues, weight), exp2_fast(last - decay[0]) * v.dt[0],
-        exp2_fast(last - decay[1]) * v.dt[1]);
-    put(offsetof(TokenValues, near), exp2_fast(end - decay[0]) * v.dt[0],
-        exp2_fast(end - decay[1]) * v.dt[1]);
+    put(offsetof(TokenValues, weight), exp2_fast(last - decay[0]) * v.later[0],
+        exp2_fast(last - decay[1]) * v.later[1]);
+    put(offsetof(TokenValues, near), exp2_fast(end - decay[0]) * v.later[0],
+        exp2_fast(end - decay[1]) * v.later[1]);
+    if constexpr (kMode == kSiso) {
+      put(offsetof(TokenValues, same), v.same[0], v.same[1]);
+      put(offsetof(TokenValues, dt), v.dt[0], v.dt[1]);
+    }
     if ((lane & 3) == 3)
       shared_store(to + offsetof(TokenValues, eighths) + lane / 4 * 4, __float_as_int(end));
     if (lane == 0)
@@ -198,21 +230,19 @@ struct TokenPreparer {
 
   __device__ __forceinline__ void walk(const Piece &w) {
     if (part >= w.parts || w.begin >= w.end) return;
-    const int head = head_of(plan, w, part);
+    const int row = w.row, head = head_of(plan, w, part);
     bias = p.dt_bias.given() ? load_at(p.dt_bias, head) : 0.0f;
     A = p.A.given() ? load_at(p.A, head) * kLog2e : 0.0f;
     Inputs inputs;
-    inputs.dt = p.dt.at(w.row, 0, head);
-    inputs.adt = p.A.given() ? nullptr : p.adt.at(w.row, 0, head);
     // Where chunks are as long as can be it is known where the next one of this warp begins.
     int asked = -1;
     each_chunk(p, w, [&](int t, int tokens, bool) {
       const uint32_t chunk = chunks++;
       if (chunk % kWarps != mine) return;
-      if (asked != t) inputs.ask(p, t + 2 * lane, w.end);
-      const Tokens v = tokens_of(inputs, tokens);
+      if (asked != t) inputs.ask(p, afresh(row), afresh(head), t + 2 * lane, w.end);
+      const Tokens v = tokens_of(inputs, tokens, w.end - t);
       asked = t + kWarps * kChunk;
-      if (asked < w.end) inputs.ask(p, asked + 2 * lane, w.end);
+      if (asked < w.end) inputs.ask(p, afresh(row), afresh(head), asked + 2 * lane, w.end);
       const Place place = Place::of(chunk, kValuesPlaces);
       const uint32_t full = shared + at.value_gates(part) + place.stage * 16;
       gate_wait(full + 8, place.parity ^ 1);
