@@ -85,22 +85,29 @@ PATHS = {
     "dstate 256": (
         dict(dtype=BF16, dstate=256), 90, f"{STATES}; mma: dstate is above 128; general"
     ),
-    "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "wgmma: Mamba-3; mma"),
-    "MIMO": (
-        dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90, "wgmma: Mamba-3; mma"
+    "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "wgmma"),
+    "SISO, half of the turns": (dict(dtype=F16, dstate=64, has=("angles",)), 90, "wgmma"),
+    "SISO of wide heads": (
+        dict(dtype=BF16, headdim=128, has=("trap", "angles")), 90,
+        "wgmma: Mamba-3 with a headdim other than 64; mma",
     ),
+    "SISO, few heads": (
+        dict(dtype=BF16, batch=1, seqlen=4096, has=("trap", "angles")), 90,
+        "wgmma: few heads of Mamba-3; mma",
+    ),
+    "MIMO": (dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90, "wgmma: MIMO; mma"),
     "rank 3": (
         dict(dtype=BF16, rank=3, has=("mimo_out",)), 90,
-        "wgmma: Mamba-3; mma: rank is not 1, 2, 4 or 8; general",
+        "wgmma: MIMO; mma: rank is not 1, 2, 4 or 8; general",
     ),
     "few angles": (
         dict(dtype=BF16, dstate=16, has=("angles",)), 90,
-        "wgmma: Mamba-3; mma: nangles is not a multiple of 8; general",
+        "wgmma: nangles is not a multiple of 8; mma: nangles is not a multiple of 8; general",
     ),
-    "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "wgmma: Mamba-3; mma"),
+    "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "wgmma: norm; mma"),
     "norm of wide heads": (
         dict(dtype=BF16, headdim=128, has=("norm_weight",)), 90,
-        "wgmma: Mamba-3; mma: norm over a headdim above 64; general",
+        "wgmma: norm; mma: norm over a headdim above 64; general",
     ),
 }
 

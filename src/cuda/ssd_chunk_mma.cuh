@@ -23,7 +23,7 @@ namespace ssmk::cuda {
 
 constexpr int kRows = 64;   // of a chunk
 constexpr int kSlice = 64;  // channels of a head
-constexpr int kTeam = kTurners;  // threads of a block
+constexpr int kTeam = 256;  // threads of a block
 constexpr int kSliceBytes = kSlice * 2;
 constexpr int kSumsBytes = kSlice * kRows * 4;   // of half of the states
 constexpr int kTileBytes = kRows * kSliceBytes;  // 64 rows of a slice, or of M

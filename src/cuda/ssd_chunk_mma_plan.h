@@ -156,7 +156,7 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
             ? p.seqlen / plan.segment + p.seqs.nseq
             : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
   plan.at = mma_shared_for(p, plan.tokens);
-  plan.turn_cut = turn_cut_of(m.nangles, plan.tokens);
+  plan.turn_cut = turn_cut_of(m.nangles, plan.tokens, kTeam);
   plan.B_token = p.B.stride[1] * 2, plan.B_rank = p.B.stride[2] * 2;
   plan.C_token = p.C.stride[1] * 2, plan.C_rank = p.C.stride[2] * 2;
   plan.x_token = p.x.stride[1] * 2, plan.z_token = p.z.stride[1] * 2;

@@ -11,18 +11,16 @@
 
 namespace ssmk::cuda {
 
-constexpr int kTurners = 256;  // threads that turn a chunk
-
 // How the pairs of angles of a chunk's tokens are dealt out: a thread has one pair and some tokens
 // in a row.
 struct TurnCut {
   int log_slots = 0, groups = 1, each = 1;  // slots: pairs, rounded up to a power of two
 };
-inline TurnCut turn_cut_of(int64_t nangles, int tokens) {
+inline TurnCut turn_cut_of(int64_t nangles, int tokens, int threads) {
   TurnCut cut;
   if (nangles == 0) return cut;
   while (int64_t(2) << cut.log_slots < nangles) ++cut.log_slots;
-  cut.groups = kTurners >> cut.log_slots < tokens ? kTurners >> cut.log_slots : tokens;
+  cut.groups = threads >> cut.log_slots < tokens ? threads >> cut.log_slots : tokens;
   cut.each = tokens / cut.groups;
   return cut;
 }
@@ -42,9 +40,14 @@ __device__ __forceinline__ uint32_t add_turns(uint32_t a, uint32_t b) {
 __device__ __forceinline__ uint32_t turn_of(float angle, float dt, uint32_t *bad) {
   const float e = exp2_fast(angle * (2.0f * kLog2e));  // may be infinite
   const float half_turns = fmaf(-2.0f, reciprocal(1.0f + e), 1.0f) * dt;
-  if (!(fabsf(half_turns) < 3.4e38f)) *bad = 1u;
-  // The whole turns are beyond the upper end.
-  return uint32_t(__float2ll_rn(half_turns * 0x1p30f)) << 1;
+  if (!(fabsf(half_turns) < 0x1p22f)) {  // rarely
+    if (!(fabsf(half_turns) < 3.4e38f)) *bad = 1u;
+    return uint32_t(__float2ll_rn(half_turns * 0x1p30f)) << 1;
+  }
+  // Whole turns are left out first, exactly: numbers of 64 bits are slow to make.
+  constexpr float kRound = 0x1.8p23f;
+  const float turns = __fadd_rn(fmaf(half_turns, 0.5f, kRound), -kRound);
+  return uint32_t(__float2int_rn(fmaf(-2.0f, turns, half_turns) * 0x1p30f)) << 1;
 }
 
 __device__ __forceinline__ uint32_t turns_of_angle(float theta) {
@@ -142,14 +145,16 @@ struct KeyTiles {
   bool with_queries;
 };
 
-template <class T, class Rows, bool kRanks, bool kHalf>
-__device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &tiles, int dstate,
-                                          int nangles, int log_rank, uint32_t turns,
-                                          const uint32_t *totals, const uint32_t *carry,
-                                          uint32_t *next_carry, const float *bias, int thread) {
-  constexpr int kN = Rows::kN;
+// A thread's two angles before its group: turns, and whether they are marked.
+struct TurnBase {
+  uint2 turns, bad;
+};
+// The last group's threads write what the next chunk begins with.
+__device__ __forceinline__ TurnBase turn_base(const TurnCut &cut, int nangles,
+                                              const uint32_t *totals, const uint32_t *carry,
+                                              uint32_t *next_carry, int thread) {
   const int pair = thread & ((1 << cut.log_slots) - 1), group = thread >> cut.log_slots;
-  if (2 * pair >= nangles || group >= cut.groups) return;
+  if (2 * pair >= nangles || group >= cut.groups) return {};
   uint2 base = *reinterpret_cast<const uint2 *>(carry + 2 * pair);
   uint2 bad = base;
   base.x &= ~1u, base.y &= ~1u;
@@ -165,6 +170,17 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     *reinterpret_cast<uint2 *>(next_carry + 2 * pair) = {add_turns(base.x | bad.x, v.x),
                                                          add_turns(base.y | bad.y, v.y)};
   }
+  return {base, bad};
+}
+
+template <class T, class Rows, bool kRanks, bool kHalf>
+__device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &tiles, int dstate,
+                                          int nangles, int log_rank, uint32_t turns,
+                                          const TurnBase &before, const float *bias, int thread) {
+  constexpr int kN = Rows::kN;
+  const int pair = thread & ((1 << cut.log_slots) - 1), group = thread >> cut.log_slots;
+  if (2 * pair >= nangles || group >= cut.groups) return;
+  const uint2 base = before.turns, bad = before.bad;
   const int first = kHalf ? 2 * pair : 4 * pair, second = kHalf ? first + dstate / 2 : first + 2;
   const int mask = (1 << log_rank) - 1;
   const auto two = [&](const float *v, int row, int n) {
@@ -243,7 +259,8 @@ __device__ __forceinline__ uint4 plus(uint4 v, float4 low, float4 high) {
 // The pieces that are not turned: biases alone.  nangles is a multiple of 8.
 template <class T, class Rows, bool kRanks>
 __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int nangles, bool half,
-                                          int log_rank, const float *bias, int thread) {
+                                          int log_rank, const float *bias, int thread,
+                                          int threads) {
   constexpr int kN = Rows::kN, kRows = Rows::kRows, kPieces = kN / 8;
   const int mask = (1 << log_rank) - 1;
   // Pieces of a row: [0, turned) are turned; in halves again from middle on.
@@ -253,7 +270,7 @@ __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int
   if (left <= 0) return;
   int log_slots = 0;
   while (1 << log_slots < left) ++log_slots;
-  const int i = thread & ((1 << log_slots) - 1), step = kTurners >> log_slots;
+  const int i = thread & ((1 << log_slots) - 1), step = threads >> log_slots;
   if (i >= left) return;
   const int piece = i < low ? turned + i : i + 2 * turned;
   float4 biases[4];

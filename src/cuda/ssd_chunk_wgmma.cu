@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(Roles<kHeads, kMode>::kAll *kWarpgroup, 1)
     }
     gate_make(shared + at.cut_gate(), 1);
     for (int i = 0; Roles::kTurns && i < at.stages; ++i)
-      gate_make(shared + at.ready_gate(i), kTurners / 32);
+      gate_make(shared + at.ready_gate(i), 4);
+    for (int i = 0; Roles::kTurns && i < 2; ++i) gate_make(shared + at.carry_gate(i), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -76,8 +77,7 @@ __global__ void __launch_bounds__(Roles<kHeads, kMode>::kAll *kWarpgroup, 1)
     if constexpr (Roles::kTurns) {
       give_registers<Roles::kTurner>();
       KeyTurner<T, kStates, kHeads, kMode> keys = {
-          p, plan, at, shared, generic,
-          thread_number() - (kHeads + 1) * kWarpgroup};
+          p, plan, at, shared, generic, thread_number() % kWarpgroup, role - kHeads - 1};
       each_piece<kHeads>(p, plan, [&](const Piece &w) { keys.walk(w); });
     }
   } else {
@@ -222,7 +222,7 @@ Cut cut_of(const SsdChunkProblem &p) {
   const int64_t chunks = (p.seqlen + kChunk - 1) / kChunk, tracks = tracks_of(p, 2);
   if (c.mode == kSiso) {
     c.heads = 1;
-    plan.turn_cut = turn_cut_of(p.mamba3.nangles, kChunk);
+    plan.turn_cut = turn_cut_of(p.mamba3.nangles, kChunk, kWarpgroup);
     return c;
   }
   const bool even = !p.seqs.cu_seqlens.given() && p.ncaptures == 0 && chunks > 0;

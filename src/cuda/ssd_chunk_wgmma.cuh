@@ -177,7 +177,7 @@ struct FusedShared {
   static constexpr int kSide = kStates / 64 * kTile;  // bytes of B, or C
   static constexpr int kValues = kOutputs ? 2 * kSide : kSide;
   // Warps that read a stage, and what is per token of a part.
-  static constexpr int kStageReaders = 4 * (kHeads + kOutputs), kValuesReaders = 4 * (1 + kOutputs + 2 * kTurns);
+  static constexpr int kStageReaders = 4 * (kHeads + kOutputs), kValuesReaders = 4 * (1 + kOutputs + kTurns);
   int stages, stage, turner_bytes;
 
   __host__ __device__ FusedShared(int stages, bool has_z, int turner_bytes)
@@ -215,9 +215,11 @@ struct FusedShared {
   __host__ __device__ int ready_gate(int stage) const {
     return kTurns ? cut_gate() + 8 + stage * 8 : gates() + stage * 16;
   }
+  // Mamba-3: the angles before the next chunk, and before the one after, are there.
+  __host__ __device__ int carry_gate(int parity) const { return ready_gate(stages) + parity * 8; }
   // Where a part's outputs go: row, head and slice.
   __host__ __device__ int targets(int part) const {
-    return (cut_gate() + 8 + (kTurns ? stages * 8 : 0) + 15) / 16 * 16 + part * 16;
+    return (cut_gate() + 8 + (kTurns ? stages * 8 + 16 : 0) + 15) / 16 * 16 + part * 16;
   }
   __host__ __device__ int turner() const { return targets(kHeads); }
   __host__ __device__ int bytes() const { return turner() + turner_bytes + 1024; }
