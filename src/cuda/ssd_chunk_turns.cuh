@@ -82,15 +82,15 @@ __device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t r
 // 16-byte pieces.
 
 // The turns of each token within its group, and those of the groups.
+template <int kBatch>
 __device__ __forceinline__ void sum_turns(const TurnCut &cut, uint32_t angles, DType dtype,
                                           int nangles, const float *dt, uint32_t turns,
                                           uint32_t *totals, int thread) {
   const int pair = thread & ((1 << cut.log_slots) - 1), group = thread >> cut.log_slots;
   if (2 * pair >= nangles || group >= cut.groups) return;
   uint32_t a = 0, b = 0, bad_a = 0, bad_b = 0;
-  // Several at a time: what is under way is not waited for.  Tokens beyond a group's are read, for
+  // kBatch at a time: what is under way is not waited for.  Tokens beyond a group's are read, for
   // nothing.
-  constexpr int kBatch = 4;
   const int first = group * cut.each, end = first + cut.each;
 #pragma unroll 1
   for (int t = first; t < end; t += kBatch) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ TurnBase turn_base(const TurnCut &cut, int nangles,
   return {base, bad};
 }
 
-template <class T, class Rows, bool kRanks, bool kHalf>
+template <class T, class Rows, bool kRanks, bool kHalf, int kBatch>
 __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &tiles, int dstate,
                                           int nangles, int log_rank, uint32_t turns,
                                           const TurnBase &before, const float *bias, int thread) {
@@ -194,7 +194,6 @@ __device__ __forceinline__ void turn_keys(const TurnCut &cut, const KeyTiles &ti
     biases[2] = two(query_bias, row, first), biases[3] = two(query_bias, row, second);
   };
   if (!kRanks) take_biases(0);
-  constexpr int kBatch = 4;
   const auto words_at = [&](uint32_t tile, const uint32_t (&at)[2]) {
     if (!kHalf) return load_two_words(tile + at[0]);
     return uint2{load_word(tile + at[0]), load_word(tile + at[1])};
@@ -257,7 +256,7 @@ __device__ __forceinline__ uint4 plus(uint4 v, float4 low, float4 high) {
 }
 
 // The pieces that are not turned: biases alone.  nangles is a multiple of 8.
-template <class T, class Rows, bool kRanks>
+template <class T, class Rows, bool kRanks, int kBatch>
 __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int nangles, bool half,
                                           int log_rank, const float *bias, int thread,
                                           int threads) {
@@ -283,7 +282,6 @@ __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int
     biases[3] = *reinterpret_cast<const float4 *>(of_query + 4);
   };
   if (!kRanks) take_biases(0);
-  constexpr int kBatch = 2;
 #pragma unroll 1
   for (int from = thread >> log_slots; from < kRows; from += kBatch * step) {
     uint4 k[kBatch], q[kBatch];

@@ -154,7 +154,7 @@ struct alignas(16) TokenValues {
   float weight[kChunk];             // dt' times what is left at the chunk's end
   float near[kChunk];               // dt' times what is left at the end of the token's eight
   float same[kChunk];         // Mamba-3: for the token itself, in place of dt'
-  float dt[kChunk];           // dt' itself, where the above is a token's weight for later ones
+  float dt[kChunk];           // dt' itself; in Mamba-3 the above is a token's weight for later ones
   float eighths[kChunk / 8];  // decay at the ends of the eights
   float last, last_log;       // over the chunk: what is left, decay
 };

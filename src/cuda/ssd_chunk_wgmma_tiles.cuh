@@ -22,13 +22,13 @@ __device__ __forceinline__ int next_capture(const SsdChunkProblem &p, int row, i
 
 // Calls use(t, tokens, captured) for the chunks of a piece: they end where they are full, where the
 // piece ends, and after a token whose state is captured.
-template <class Use>
+template <bool kCaptures, class Use>
 __device__ __forceinline__ void each_chunk(const SsdChunkProblem &p, const Piece &w, Use &&use) {
 #pragma unroll 1
   for (int t = w.begin; t < w.end;) {
     int stop = min(t + kChunk, w.end);
     bool captured = false;
-    if (p.ncaptures > 0) {
+    if (kCaptures && p.ncaptures > 0) {
       const int next = next_capture(p, w.row, t, w.end);
       captured = next < stop;
       if (captured) stop = next + 1;
@@ -99,7 +99,7 @@ struct TileBringer {
 
   __device__ __forceinline__ void walk(const Piece &w) {
     choose(w);
-    each_chunk(p, w, [&](int t, int tokens, bool captured) {
+    each_chunk<kMode != kSiso>(p, w, [&](int t, int tokens, bool captured) {
       const uint32_t landed = shared + at.cut_gate();
       const uint32_t full = shared + at.gates() + place.stage * 16;
       const uint32_t stage = shared + place.stage * at.stage;
@@ -236,7 +236,7 @@ struct TokenPreparer {
     Inputs inputs;
     // Where chunks are as long as can be it is known where the next one of this warp begins.
     int asked = -1;
-    each_chunk(p, w, [&](int t, int tokens, bool) {
+    each_chunk<kMode != kSiso>(p, w, [&](int t, int tokens, bool) {
       const uint32_t chunk = chunks++;
       if (chunk % kWarps != mine) return;
       if (asked != t) inputs.ask(p, afresh(row), afresh(head), t + 2 * lane, w.end);

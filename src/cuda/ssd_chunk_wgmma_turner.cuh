@@ -48,6 +48,7 @@ __device__ __forceinline__ int carry_after(const TurnerPlaces &at, int chunks, i
 template <class T, int kStates, int kHeads, int kMode>
 struct KeyTurner {
   static constexpr int kBarrier = 8;
+  static constexpr int kBatch = 2;  // tokens: short code is worth more than many under way
   using Rows = TileRows<kStates>;
   const SsdChunkProblem &p;
   const FusedPlan &plan;
@@ -98,7 +99,7 @@ struct KeyTurner {
     char *const base = generic + at.turner();
     const float *const bias = reinterpret_cast<const float *>(base + places.bias);
     const KeyTiles tiles = {stage, stage + at.kSide, stage, stage + at.kSide, true};
-    copy_keys<T, Rows, false>(tiles, kStates, nangles, m.rotary_half, 0, bias, thread, kWarpgroup);
+    copy_keys<T, Rows, false, 1>(tiles, kStates, nangles, m.rotary_half, 0, bias, thread, kWarpgroup);
     if (nangles == 0) return;
     const TurnCut &cut = plan.turn_cut;
     uint32_t *const totals =
@@ -113,9 +114,9 @@ struct KeyTurner {
     if ((thread & 31) == 0) gate_arrive(shared + at.carry_gate(parity ^ 1));
     const uint32_t turns = shared + at.turner() + places.turns + own * kChunk * nangles * 4;
     if (m.rotary_half)
-      turn_keys<T, Rows, false, true>(cut, tiles, kStates, nangles, 0, turns, before, bias, thread);
+      turn_keys<T, Rows, false, true, kBatch>(cut, tiles, kStates, nangles, 0, turns, before, bias, thread);
     else
-      turn_keys<T, Rows, false, false>(cut, tiles, kStates, nangles, 0, turns, before, bias,
+      turn_keys<T, Rows, false, false, kBatch>(cut, tiles, kStates, nangles, 0, turns, before, bias,
                                        thread);
   }
 
@@ -144,7 +145,7 @@ struct KeyTurner {
       if (nangles > 0) {
         wait_for_all_but<0>();
         meet(kBarrier + own, kWarpgroup);
-        sum_turns(plan.turn_cut, angles, p.angles.dtype, nangles,
+        sum_turns<kBatch>(plan.turn_cut, angles, p.angles.dtype, nangles,
                   reinterpret_cast<const float *>(generic + at.values(0, values.stage) +
                                                   offsetof(TokenValues, dt)),
                   mine + places.turns + own * kChunk * nangles * 4,
