@@ -108,14 +108,15 @@ def test_the_library_needs_no_driver():
 
 
 @built
-def test_no_kernel_spills():
+def test_no_kernel_spills_or_serializes_its_products():
     reports = list((Path(ssmk.__file__).parent / "lib").glob("*.ptxas.txt"))
     kernels = [line.split() for report in reports for line in report.read_text().splitlines()]
     assert any("any_step" in kernel[-1] for kernel in kernels), "the report lacks a known kernel"
-    for target, registers, stack, stores, loads, shared, name in kernels:
+    for target, registers, stack, stores, loads, shared, losses, name in kernels:
         assert target.startswith("sm_") and 0 < int(registers) <= 255 and int(shared) <= 49152, name
         assert stores == loads == "0", f"{name} for {target} spills {stores} and {loads} bytes"
         assert stack == "0", f"{name} for {target} keeps {stack} bytes in local memory"
+        assert losses == "0", f"{name} for {target}: ptxas warns of a loss of speed"
 
 
 # With a device

@@ -2,7 +2,8 @@
 """Runs nvcc and keeps what ptxas says of each kernel: `compile_cuda.py REPORT NVCC ARGUMENTS...`.
 
 The report has a line for each kernel and target: target, registers, bytes of stack, of spill
-stores, of spill loads and of static shared memory, and the kernel's mangled name.
+stores, of spill loads and of static shared memory, how many losses of speed ptxas warns of (such as
+matrix products that wait for each other), and the kernel's mangled name.
 """
 
 import re
@@ -13,6 +14,7 @@ FUNCTION = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+LOSS = re.compile(r"Potential Performance Loss.* function '(\S+)'")
 NOISE = re.compile(r"ptxas info|bytes stack frame|^$|^(tmpxft|\S+\.cu$)")
 
 
@@ -20,6 +22,7 @@ def main(report, command):
     done = subprocess.run(
         [*command, "-Xptxas", "-v"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    losses = LOSS.findall(done.stdout)
     lines, kernel, frame = [], None, None
     for line in done.stdout.splitlines():
         if found := FUNCTION.search(line):
@@ -30,7 +33,8 @@ def main(report, command):
         elif (found := USED.search(line)) and kernel:
             shared = SHARED.search(line)
             name, target = kernel
-            fields = (found.group(1), *frame, shared.group(1) if shared else "0")
+            lost = str(losses.count(name))
+            fields = (found.group(1), *frame, shared.group(1) if shared else "0", lost)
             lines.append(" ".join((target, *fields, name)))
             kernel = None
         elif not NOISE.search(line):

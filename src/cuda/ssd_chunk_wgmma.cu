@@ -213,7 +213,7 @@ bool is_mamba3(const SsdChunkProblem &p) {
 // Found by measuring on one H200 (docs/measurements_gpu.md): a chunk takes two heads 1.5 times as
 // long as one; the launches for segments pay from 256 chunks on.
 Cut cut_of(const SsdChunkProblem &p) {
-  constexpr int64_t kLong = 256, kShort = 16, kShortest = 32;  // chunks; the last of a segment
+  constexpr int64_t kLong = 128, kShort = 16, kShortest = 32;  // chunks; the last of a segment
   Cut c;
   FusedPlan &plan = c.plan;
   c.mode = is_mamba3(p) ? kSiso : kMamba2;
