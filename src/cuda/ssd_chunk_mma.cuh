@@ -135,6 +135,16 @@ struct MmaSlice {
   int head, group, slice, channel, channels;
 };
 
+__device__ __forceinline__ MmaSlice slice_of(const SsdChunkProblem &p, int head, int slice) {
+  MmaSlice of;
+  of.slice = slice;
+  of.head = head;
+  of.group = of.head / int(p.nheads / p.ngroups);
+  of.channel = of.slice * kSlice;
+  of.channels = min(int(p.headdim) - of.channel, kSlice);
+  return of;
+}
+
 // What a block looks up from time to time: in shared memory, to leave the registers to the
 // products.
 struct BlockFacts {
@@ -145,6 +155,22 @@ struct BlockFacts {
   MmaSlice slice;
   MmaSpan span;
 };
+
+__device__ __forceinline__ BlockFacts facts_of(const SsdChunkProblem &p, const MmaSlice &of,
+                                               const MmaSpan &s) {
+  BlockFacts f;
+  f.B = p.B.at(s.row, 0, 0, of.group, 0);
+  f.C = p.C.at(s.row, 0, 0, of.group, 0);
+  f.x = p.x.at(s.row, 0, of.head, of.channel);
+  f.z = p.z.given() ? p.z.at(s.row, 0, of.head, of.channel) : nullptr;
+  f.angles = p.mamba3.nangles > 0 ? p.angles.at(s.row, 0, of.head, 0) : nullptr;
+  f.out = p.out.at(s.row, 0, 0, of.head, of.channel);
+  f.A = p.A.given() ? load_at(p.A, of.head) : 0;
+  f.bias = p.dt_bias.given() ? load_at(p.dt_bias, of.head) : 0;
+  f.slice = of;
+  f.span = s;
+  return f;
+}
 
 // What is known of the rows of a chunk.
 struct RowArrays {
@@ -203,17 +229,22 @@ __device__ __forceinline__ uint32_t word_at(int row, int column, int bytes) {
   return piece_at(row, column >> 3, bytes) + ((column & 7) << 1);
 }
 
+// Which piece a row's piece 0 changes places with.
+struct PlainMix {
+  __device__ __forceinline__ static int of(int row) { return row & 7; }
+};
+
 // Brings `rows` rows of pieces to a tile of `to_rows`, the others are zeros; it has kTo at most.
 // `from`: the first row; row i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a
 // tile's kPieces are there.
-template <int kPieces, int kTo>
+template <int kPieces, int kTo, class Mix = PlainMix>
 __device__ __forceinline__ void bring_rows(uint32_t to, const char *from, int64_t token,
                                            int64_t rank, int log_rank, int rows, int to_rows,
                                            int pieces, int thread) {
   constexpr int kStep = kTeam / kPieces;  // rows: a multiple of 8, and of all ranks
   const int piece = thread % kPieces, first = thread / kPieces;
   from += (first >> log_rank) * token + (first & ((1 << log_rank) - 1)) * rank + piece * 16;
-  to += piece_at(first, piece, kPieces * 16);
+  to += first * kPieces * 16 + ((piece ^ Mix::of(first)) << 4);
   const int64_t step = (kStep >> log_rank) * token;
   if (piece >= pieces) rows = 0;
 #pragma unroll

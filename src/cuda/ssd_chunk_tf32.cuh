@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT
+// Prefill of Mamba-2 with float32 inputs on tensor cores.
+//
+// As ssd_chunk_mma.cuh, with chunks of 32 tokens and factors in three products
+// (ssd_chunk_tf32_products.cuh), so that results are those of float32.  A chunk takes two barriers:
+//
+//     S = Q K^T weighed to M        six warps have a tile each, one prepares the next chunk's tokens
+//     Y^T = h Q^T                   over half of the states a warp
+//     ---
+//     Y^T = e Y^T + U^T M^T         half of the tokens a warp; D, the gate
+//     h = exp(cs_end) h + (w U)^T K
+//     ---
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/ssd_chunk_mma_output.cuh"
+#include "cuda/ssd_chunk_mma_prepare.cuh"
+#include "cuda/ssd_chunk_tf32_products.cuh"
+
+namespace ssmk::cuda {
+
+template <int kN>
+struct WidePlaces {
+  WideRows rows[2];
+  TokenTerms terms;
+  BlockFacts facts;
+  TokenBits ahead[kTokens];  // of the chunk that is prepared next
+  float decays;              // of the segment so far
+  float D[kSlice];
+  // Of B and of C, in stages.
+  alignas(1024) char raw[2][2][kTokens * kN * 4];
+  alignas(128) char x[kTokens * kWideSlice];
+  alignas(128) char z[kTokens * kWideSlice];  // and the outputs
+  alignas(128) char weights[kTokens * kWeightBytes];
+  alignas(128) char sums[kJoinBytes];
+};
+
+// ---- The end of a chunk's outputs
+
+// As set_apart() of 16-bit values.
+__device__ __forceinline__ bool all_finite(const WideValues &u) {
+  float sum = 0.0f;  // of zeros
+#pragma unroll
+  for (int s = 0; s < kTokens / 8; ++s)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum = fmaf(u.v[s][k], 0.0f, sum);
+  return sum == 0.0f;
+}
+__device__ __forceinline__ NotFinite set_apart(WideValues &u, int lane) {
+  NotFinite found = {{kRows, kRows}};
+#pragma unroll
+  for (int s = kTokens / 8 - 1; s >= 0; --s)
+#pragma unroll
+    for (int k = 3; k >= 0; --k)
+      if (!(fabsf(u.v[s][k]) < __int_as_float(0x7f800000))) {
+        found.from[k & 1] = s * 8 + 2 * (lane & 3) + (k >> 1);
+        u.v[s][k] = 0.0f;
+      }
+  found.join();
+  return found;
+}
+
+// y += D u.
+__device__ __forceinline__ void add_skip(WideHalf &y, const WideValues &u, const float *by,
+                                         const MmaLane &t) {
+  const float D[2] = {by[t.own()], by[t.own() + 8]};
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int from = (k & 1) * 2 + (k >> 1);  // tiles are transposed fragments
+      y.v[i][k] = fmaf(D[k >> 1], t.half ? u.v[2 + i][from] : u.v[i][from], y.v[i][k]);
+    }
+}
+
+// Gated, to the tile in which the gates are: a thread reads and writes its own.
+__device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_t tile,
+                                          const MmaLane &t) {
+  const int g = t.lane >> 2, q = t.lane & 3;
+  const uint32_t at = tile + (t.half * 16 + 2 * q) * kWideSlice +
+                      ((4 * t.pair + (g >> 2)) ^ WideMix::of(2 * q)) * 16 + (g & 3) * 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t to =
+          ((at ^ (k >> 1 ? 32 : 0)) ^ (k & 1 ? 64 : 0)) + (8 * i + (k & 1)) * kWideSlice;
+      float v = y.v[i][k];
+      if (gated) {
+        const float z = __uint_as_float(load_word(to));
+        v *= gate(z);
+      }
+      store_word(to, __float_as_uint(v));
+    }
+}
+
+// ---- The walk over the chunks of a sequence, or of a segment of one
+
+template <int kN>
+__global__ void __launch_bounds__(kTeam, 2)
+    ssd_tf32(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
+  constexpr int kPieces = kN / 4, kSlicePieces = kSlice / 4, kTile = kTokens * kN * 4;
+  constexpr int kPreparer = 7;  // the warp that prepares tokens
+  wait_for_previous();
+  start_next();
+
+  MmaLane t;
+  t.thread = threadIdx.x;
+  t.lane = t.thread & 31;
+  t.pair = t.thread >> 5 & 3;
+  t.half = t.thread >> 7;
+  const unsigned unit = blockIdx.x / unsigned(plan.slices);
+  const MmaSlice of = slice_of(p, int(unit % unsigned(p.nheads)),
+                               int(blockIdx.x % unsigned(plan.slices)));
+  MmaSpan s;
+  if (!span_of(p, plan, unit / unsigned(p.nheads), &s)) return;
+  if (plan.states_only && (s.last || s.pad)) return;
+  auto &own = *reinterpret_cast<WidePlaces<kN> *>(mma_shared);
+
+  if (s.pad) {
+    clear_rows(p.out.at(s.row, 0, 0, of.head, of.channel), plan.out_token, 0, 0, s.begin, s.end, of.channels / 4, t.thread);
+    return;
+  }
+  if (s.begin == s.end) {  // a sequence without tokens
+    if (!plan.states_only) pass_states(p, s, {t, of}, p.initial, p.final, s.slot);
+    return;
+  }
+
+  // What does not change from chunk to chunk.
+  BlockFacts *const facts = &own.facts;
+  if (t.thread == 0) {
+    *facts = facts_of(p, of, s);
+    own.decays = 0;
+    own.terms.share[kTokens] = 0;
+  }
+  if (t.thread < kSlice)
+    own.D[t.thread] = t.thread < of.channels && p.D.given()
+                          ? load_at(p.D, of.head, of.channel + t.thread)
+                          : 0.0f;
+  __syncthreads();
+  const MmaSpan &span = facts->span;
+
+  MmaState<kN, true> h;
+  // For states, before the first chunk and after the last.
+  float *const area = reinterpret_cast<float *>(own.raw[0]);
+  if (plan.states_only || (!plan.prepared && !(span.has_initial && p.initial.h.given())))
+    clear(h);
+  else if (plan.prepared)
+    read_kept<kN>(h, kept_state<kN>(p, plan, span.index, {t, of}));
+  else
+    read_state<kN>(h, p.initial.h, span.slot, {t, of}, int(p.dstate), area);
+  __syncthreads();
+
+  const auto tokens_from = [&](int begin) { return max(min(span.end - begin, kTokens), 0); };
+  const auto bring_keys = [&](int begin, int stage) {
+    const int tokens = tokens_from(begin);
+    if (tokens > 0) {
+      const uint32_t to = shared_address(own.raw[stage]);
+      bring_rows<kPieces, kTokens, WideMix>(to, facts->B + begin * plan.B_token, plan.B_token, 0, 0,
+                                            tokens, kTokens, int(p.dstate) / 4, t.thread);
+      if (!plan.states_only)
+        bring_rows<kPieces, kTokens, WideMix>(to + kTile, facts->C + begin * plan.C_token,
+                                              plan.C_token, 0, 0, tokens, kTokens,
+                                              int(p.dstate) / 4, t.thread);
+    }
+    end_copies();
+  };
+  const auto bring_values = [&](int begin) {
+    const int tokens = tokens_from(begin), pieces = facts->slice.channels / 4;
+    if (tokens > 0) {
+      bring_rows<kSlicePieces, kTokens, WideMix>(shared_address(own.x),
+                                                 facts->x + begin * plan.x_token, plan.x_token, 0,
+                                                 0, tokens, kTokens, pieces, t.thread);
+      if (p.z.given() && !plan.states_only)
+        bring_rows<kSlicePieces, kTokens, WideMix>(shared_address(own.z),
+                                                   facts->z + begin * plan.z_token, plan.z_token, 0,
+                                                   0, tokens, kTokens, pieces, t.thread);
+    }
+    end_copies();
+  };
+
+  // Tokens are prepared a chunk ahead, and asked for one before.
+  const auto read_ahead = [&](int begin) {
+    return t.thread / 32 == kPreparer && t.lane < tokens_from(begin)
+               ? read_token(p, span.row, begin + t.lane, facts->slice.head)
+               : TokenBits{};
+  };
+  const auto prepare = [&](int begin, int parity) {
+    const int tokens = tokens_from(begin);
+    if (t.thread / 32 != kPreparer || tokens == 0) return;
+    const TokenBits bits = read_ahead(begin + kTokens);
+    WideRows &to = own.rows[parity];
+    prepare_token(own.terms, to.rows.dt, own.ahead[t.lane], p, *facts, t.lane, tokens, false, kTokens);
+    __syncwarp();
+    sum_decays(own.terms, kTokens, t.lane);
+    if (t.lane == 31) own.decays += float(own.terms.all);
+    __syncwarp();
+    prepare_row(to.rows, own.terms, t.lane, tokens, true, 0);
+    to.rest[t.lane] =
+        t.lane < tokens ? float(own.terms.sum[t.lane] - double(to.rows.sum[t.lane])) : 0.0f;
+    __syncwarp();
+    own.ahead[t.lane] = bits;
+  };
+
+  int begin = span.begin, parity = 0;
+  bring_keys(begin, 0);
+  bring_values(begin);
+  bring_keys(begin + kTokens, 1);
+  if (t.thread / 32 == kPreparer) own.ahead[t.lane] = read_ahead(begin);
+  prepare(begin, 0);
+  wait_for_all_but<2>();
+  __syncthreads();
+
+#pragma unroll 1
+  for (;;) {
+    t.forget();
+    const WideRows &w = own.rows[parity];
+    const uint32_t keys = shared_address(own.raw[parity]), queries = keys + kTile;
+    const uint32_t weights = shared_address(own.weights), sums = shared_address(own.sums);
+    WideHalf y;
+    if (!plan.states_only) {
+      const int warp = t.thread / 32;
+      if (warp < 6)
+        multiply_keys_wide<kN>(queries, keys, w, weights, warp < 4 ? 1 : 0, warp & 3, t.lane);
+    }
+    prepare(begin + kTokens, parity ^ 1);
+    if (!plan.states_only) {
+      t.forget();
+      MmaTile<kTokens> all;
+      multiply_state_wide<kN>(all, h, queries, t.half, t.lane);
+      send_half(all, y, sums, t.pair, t.half, t.lane);
+    }
+    wait_for_all_but<1>();  // values, and gates, are there
+    __syncthreads();
+
+    t.forget();
+    WideValues u;
+    load_values(u, shared_address(own.x), t.pair, t.lane);
+    if (!plan.states_only) {
+      join_half(y, sums, w.rows.decay, t.pair, t.half, t.lane);
+      const bool finite = __all_sync(~0u, all_finite(u));
+      NotFinite from = {{kRows, kRows}};
+      if (!finite) from = set_apart(u, t.lane);
+      if (t.half)
+        multiply_half_wide<1>(y, u, weights, t.lane);
+      else
+        multiply_half_wide<0>(y, u, weights, t.lane);
+      if (!finite) {
+        forbid(y, from, t);
+        load_values(u, shared_address(own.x), t.pair, t.lane);
+      }
+      if (p.D.given()) add_skip(y, u, own.D, t);
+      t.forget();
+      gate_rows(y, p.z.given(), shared_address(own.z), t);
+    }
+    t.forget();
+    add_to_state_wide<kN>(h, u, keys, w.rows.ending, w.rows.last[0], t.half, t.lane);
+    wait_for_all_but<0>();  // the next chunk's keys
+    __syncthreads();
+
+    t.forget();
+    if (!plan.states_only)
+      store_rows<kSlicePieces, kTokens, WideMix>(
+          shared_address(own.z), facts->out + begin * plan.out_token, plan.out_token, 0, 0,
+          tokens_from(begin), facts->slice.channels / 4, t.thread);
+    const int next = begin + kTokens;
+    if (next >= span.end) break;
+    bring_values(next);
+    bring_keys(next + kTokens, parity);
+    begin = next;
+    parity ^= 1;
+  }
+
+  if (plan.states_only) {
+    keep_state<kN>(h, kept_state<kN>(p, plan, span.index, {t, facts->slice}));
+    if (t.thread == 0) plan.decays[span.index * p.nheads + facts->slice.head] = own.decays;
+  } else if (span.last && p.final.h.given()) {
+    write_state<kN>(h, p.final.h, span.slot, {t, facts->slice}, int(p.dstate), area);
+  }
+}
+
+}  // namespace ssmk::cuda
