@@ -19,7 +19,6 @@ const char *refuses_sizes(const SsdChunkProblem &p) {
   if (p.dstate < 16 || p.dstate % 4) return "dstate is below 16 or not a multiple of 4";
   if (p.dstate > 128) return "dstate is above 128";
   if (p.seqs.seq_idx.given()) return "seq_idx";
-  if (p.ncaptures > 0) return "captured states";
   if (p.seqlen > kMostTokens || p.batch > kMostTokens) return "too many tokens or rows";
   return nullptr;
 }
@@ -55,7 +54,8 @@ const char *refuses(const SsdChunkProblem &p, int capability) {
 
 template <int kN>
 ssmk_status run_states(const SsdChunkProblem &p, const Call &call) {
-  return mma_walk<kN, true>(ssd_tf32<kN>, p, wide_plan(p), call);
+  return p.captured.h.given() ? mma_walk<kN, true>(ssd_tf32<kN, true>, p, wide_plan(p), call)
+                         : mma_walk<kN, true>(ssd_tf32<kN, false>, p, wide_plan(p), call);
 }
 
 ssmk_status run(const SsdChunkProblem &p, const Call &call) {

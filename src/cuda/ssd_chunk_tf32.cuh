@@ -96,8 +96,9 @@ __device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_
 
 // ---- The walk over the chunks of a sequence, or of a segment of one
 
-template <int kN>
-__global__ void __launch_bounds__(kTeam, 2)
+// kCaptures: states are captured, which takes more registers.
+template <int kN, bool kCaptures>
+__global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     ssd_tf32(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
   constexpr int kPieces = kN / 4, kSlicePieces = kSlice / 4, kTile = kTokens * kN * 4;
   constexpr int kPreparer = 7;  // the warp that prepares tokens
@@ -202,6 +203,22 @@ __global__ void __launch_bounds__(kTeam, 2)
     own.ahead[t.lane] = bits;
   };
 
+  const auto capture = [&](const WideValues &u, uint32_t keys, const WideRows &w, int begin) {
+#pragma unroll 1
+    for (int64_t i = 0; i < p.ncaptures; i += 32) {
+      const int64_t mine =
+          i + t.lane < p.ncaptures ? read_index(p.capture_positions, i + t.lane) : -1;
+      const int64_t token = mine - span.row * p.seqlen - begin;
+      uint32_t here = __ballot_sync(~0u, mine >= 0 && token >= 0 && token < tokens_from(begin));
+#pragma unroll 1
+      for (; here; here &= here - 1) {
+        const int lane = __ffs(here) - 1;
+        write_state_after(h, u, keys, w, __shfl_sync(~0u, int(token), lane), p.captured.h, i + lane,
+                          {t, facts->slice}, int(p.dstate));
+      }
+    }
+  };
+
   int begin = span.begin, parity = 0;
   bring_keys(begin, 0);
   bring_values(begin);
@@ -254,7 +271,8 @@ __global__ void __launch_bounds__(kTeam, 2)
       gate_rows(y, p.z.given(), shared_address(own.z), t);
     }
     t.forget();
-    add_to_state_wide<kN>(h, u, keys, w.rows.ending, w.rows.last[0], t.half, t.lane);
+    if (kCaptures && !plan.states_only) capture(u, keys, w, begin);
+    add_to_state_wide<kN>(h, u, keys, w, t.half, t.lane);
     wait_for_all_but<0>();  // the next chunk's keys
     __syncthreads();
 

@@ -250,19 +250,22 @@ __device__ __forceinline__ void multiply_half_wide(WideHalf &y, const WideValues
     for (int k = 0; k < 4; ++k) y.v[i][k] += s[i].all(k);
 }
 
-// h = decay h + (w U)^T K.
-template <int kN>
-__device__ __forceinline__ void add_to_state_wide(MmaState<kN, true> &h, const WideValues &u,
-                                                  uint32_t keys, const float *weight, float decay,
-                                                  int half, int lane) {
+// decay h + (w U)^T K; take(t, v) gets tile t of it.  `weight`: of tokens 8 s + 2 q and the next.
+// Tokens from `end` on may be anything, if kEnds.
+template <int kN, bool kEnds, class Weight, class Take>
+__device__ __forceinline__ void multiply_values_keys(const MmaState<kN, true> &h,
+                                                     const WideValues &u, uint32_t keys,
+                                                     const Weight &weight, float decay, int end,
+                                                     int half, int lane, const Take &take) {
   constexpr int kBytes = kN * 4;
   const int g = lane >> 2, q = lane & 3;
   Rounded<4> a[kTokens / 8];
 #pragma unroll
   for (int s = 0; s < kTokens / 8; ++s) {
-    const float2 w = *reinterpret_cast<const float2 *>(weight + s * 8 + 2 * q);
+    const float2 w = weight(s);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) a[s].set(k, u.v[s][k] * (k < 2 ? w.x : w.y));
+    for (int k = 0; k < 4; ++k)
+      a[s].set(k, kEnds && s * 8 + 2 * q + k / 2 >= end ? 0.0f : u.v[s][k] * (k < 2 ? w.x : w.y));
   }
   // Column g of a tile of sums is state 4 (g % 2) + g / 2 of its eight.
   const uint32_t row = keys + 2 * q * kBytes + half * (kBytes / 2) + (g >> 1) * 4;
@@ -276,17 +279,65 @@ __device__ __forceinline__ void add_to_state_wide(MmaState<kN, true> &h, const W
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         Cut<2> b;  // of two tokens
-        b.set(0, load_word(mixed(row + 8 * s * kBytes, mix, 4 * n + 2 * j)));
-        b.set(1, load_word(mixed(row + (8 * s + 1) * kBytes, mix ^ 64, 4 * n + 2 * j)));
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint32_t at = mixed(row + (8 * s + k) * kBytes, mix ^ (k ? 64 : 0), 4 * n + 2 * j);
+          b.set(k, kEnds && s * 8 + 2 * q + k >= end ? 0u : load_word(at));
+        }
         sums[j].add(a[s], b.high[0], b.high[1], b.low[0], b.low[1]);
       }
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < 2; ++j) {
+      float v[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        h.v[2 * n + j][k] = fmaf(h.v[2 * n + j][k], decay, sums[j].all(k));
+      for (int k = 0; k < 4; ++k) v[k] = fmaf(h.v[2 * n + j][k], decay, sums[j].all(k));
+      take(2 * n + j, v);
+    }
   }
+}
+
+// The state after the chunk.
+template <int kN>
+__device__ __forceinline__ void add_to_state_wide(MmaState<kN, true> &h, const WideValues &u,
+                                                  uint32_t keys, const WideRows &w, int half,
+                                                  int lane) {
+  const auto weight = [&](int s) {
+    return *reinterpret_cast<const float2 *>(w.rows.ending + s * 8 + 2 * (lane & 3));
+  };
+  multiply_values_keys<kN, false>(h, u, keys, weight, w.rows.last[0], kTokens, half, lane,
+                                  [&](int tile, const float (&v)[4]) {
+#pragma unroll
+                                    for (int k = 0; k < 4; ++k) h.v[tile][k] = v[k];
+                                  });
+}
+
+// The state after token `token` of the chunk, to a tensor.
+template <int kN>
+__device__ __forceinline__ void write_state_after(const MmaState<kN, true> &h, const WideValues &u,
+                                                  uint32_t keys, const WideRows &w, int token,
+                                                  const View<4> &to, int64_t entry,
+                                                  const MmaThread &t, int dstate) {
+  const int q = t.lane & 3;
+  const float sum = w.rows.sum[token], rest = w.rest[token];
+  const auto weight = [&](int s) {
+    float by[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = s * 8 + 2 * q + k;
+      by[k] = exp2_fast((sum - w.rows.sum[i]) + (rest - w.rest[i])) * w.rows.later[i];
+    }
+    return float2{by[0], by[1]};
+  };
+  multiply_values_keys<kN, true>(
+      h, u, keys, weight, exp2_fast(sum), token + 1, t.half, t.lane,
+      [&](int tile, const float (&v)[4]) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int n = t.half * (kN / 2) + tile / 2 * 16 + h.column(tile & 1, q, k & 1);
+          if (t.has(k) && n < dstate) store_at(to, v[k], entry, t.head, t.p(k), n);
+        }
+      });
 }
 
 }  // namespace ssmk::cuda
