@@ -30,6 +30,15 @@ __device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
   return dt;
 }
 
+__device__ __forceinline__ double log2_decay(const SsdChunkProblem &p, const TokenBits &b, float dt,
+                                             double A) {
+  const double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * A;
+  return (decay < -kLogDecayLimit  ? -kLogDecayLimit
+          : decay > kLogDecayLimit ? kLogDecayLimit
+                                   : decay) *
+         1.4426950408889634074;
+}
+
 // The share that the first token of a sequence adds to what came before it.
 __device__ __forceinline__ float first_share(const SsdChunkProblem &p, int64_t row, int64_t token,
                                              int64_t head) {
@@ -55,11 +64,7 @@ __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const 
   }
   to.share[i] = share;
   if (i >= chunk_tokens) return;
-  double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
-  decay = decay < -kLogDecayLimit  ? -kLogDecayLimit
-          : decay > kLogDecayLimit ? kLogDecayLimit
-                                   : decay;
-  to.decay[i] = own ? decay * 1.4426950408889634074 : 0.0;
+  to.decay[i] = own ? log2_decay(p, b, dt, head.A) : 0.0;
   to.now[i] = own ? now : 0.0f;
   dts[i] = own ? dt : 0.0f;
 }

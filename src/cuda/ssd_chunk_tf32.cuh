@@ -19,13 +19,13 @@
 
 namespace ssmk::cuda {
 
+constexpr int kAhead = kTeam / 32;  // chunks that are prepared together, one by each warp
+
 template <int kN>
 struct WidePlaces {
-  WideRows rows[2];
-  TokenTerms terms;
+  WideRows rows[kAhead];
   BlockFacts facts;
-  TokenBits ahead[kTokens];  // of the chunk that is prepared next
-  float decays;              // of the segment so far
+  double decays;  // of the segment so far
   float D[kSlice];
   // Of B and of C, in stages.
   alignas(1024) char raw[2][2][kTokens * kN * 4];
@@ -34,6 +34,36 @@ struct WidePlaces {
   alignas(128) char weights[kTokens * kWeightBytes];
   alignas(128) char sums[kJoinBytes];
 };
+
+// A warp prepares a chunk of `tokens`.
+__device__ __forceinline__ void prepare_chunk(WideRows &to, const SsdChunkProblem &p,
+                                              const BlockFacts &head, int begin, int tokens,
+                                              int lane) {
+  const bool own = lane < tokens;
+  float dt = 0.0f;
+  double sum = 0.0;
+  if (own) {
+    const TokenBits b = read_token(p, head.span.row, begin + lane, head.slice.head);
+    dt = transformed(p.dt_transform, value_of(b.dt, p.dt.dtype) + head.bias);
+    sum = log2_decay(p, b, dt, head.A);
+  }
+#pragma unroll
+  for (int off = 1; off < 32; off *= 2) {
+    const double below = __shfl_up_sync(~0u, sum, off);
+    if (lane >= off) sum += below;
+  }
+  const double all = __shfl_sync(~0u, sum, 31);
+  const float rounded = float(sum);
+  to.sum[lane] = rounded;
+  to.rest[lane] = float(sum - double(rounded));
+  to.later[lane] = dt;
+  to.decay[lane] = exp2_fast(rounded);
+  to.ending[lane] = own ? exp2_fast(float(all - sum)) * dt : 0.0f;
+  if (lane == 0) {
+    to.all = all;
+    to.last = float(exp2(all));  // its errors add up over the chunks
+  }
+}
 
 // ---- The end of a chunk's outputs
 
@@ -101,7 +131,6 @@ template <int kN, bool kCaptures>
 __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     ssd_tf32(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
   constexpr int kPieces = kN / 4, kSlicePieces = kSlice / 4, kTile = kTokens * kN * 4;
-  constexpr int kPreparer = 7;  // the warp that prepares tokens
   wait_for_previous();
   start_next();
 
@@ -132,7 +161,6 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
   if (t.thread == 0) {
     *facts = facts_of(p, of, s);
     own.decays = 0;
-    own.terms.share[kTokens] = 0;
   }
   if (t.thread < kSlice)
     own.D[t.thread] = t.thread < of.channels && p.D.given()
@@ -180,27 +208,16 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     end_copies();
   };
 
-  // Tokens are prepared a chunk ahead, and asked for one before.
-  const auto read_ahead = [&](int begin) {
-    return t.thread / 32 == kPreparer && t.lane < tokens_from(begin)
-               ? read_token(p, span.row, begin + t.lane, facts->slice.head)
-               : TokenBits{};
-  };
-  const auto prepare = [&](int begin, int parity) {
-    const int tokens = tokens_from(begin);
-    if (t.thread / 32 != kPreparer || tokens == 0) return;
-    const TokenBits bits = read_ahead(begin + kTokens);
-    WideRows &to = own.rows[parity];
-    prepare_token(own.terms, to.rows.dt, own.ahead[t.lane], p, *facts, t.lane, tokens, false, kTokens);
-    __syncwarp();
-    sum_decays(own.terms, kTokens, t.lane);
-    if (t.lane == 31) own.decays += float(own.terms.all);
-    __syncwarp();
-    prepare_row(to.rows, own.terms, t.lane, tokens, true, 0);
-    to.rest[t.lane] =
-        t.lane < tokens ? float(own.terms.sum[t.lane] - double(to.rows.sum[t.lane])) : 0.0f;
-    __syncwarp();
-    own.ahead[t.lane] = bits;
+  const auto prepare = [&](int begin) {
+    const int first = begin + t.thread / 32 * kTokens;
+    if (tokens_from(first) > 0)
+      prepare_chunk(own.rows[t.thread / 32], p, *facts, first, tokens_from(first), t.lane);
+    // The next time's are on their way to the second-level cache.
+    if (t.lane < tokens_from(first + kAhead * kTokens)) {
+      const int64_t token = first + kAhead * kTokens + t.lane;
+      fetch(p.dt.at(span.row, token, facts->slice.head));
+      if (p.adt.given()) fetch(p.adt.at(span.row, token, facts->slice.head));
+    }
   };
 
   const auto capture = [&](const WideValues &u, uint32_t keys, const WideRows &w, int begin) {
@@ -219,28 +236,31 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     }
   };
 
-  int begin = span.begin, parity = 0;
-  bring_keys(begin, 0);
-  bring_values(begin);
-  bring_keys(begin + kTokens, 1);
-  if (t.thread / 32 == kPreparer) own.ahead[t.lane] = read_ahead(begin);
-  prepare(begin, 0);
+  bring_keys(span.begin, 0);
+  bring_values(span.begin);
+  bring_keys(span.begin + kTokens, 1);
   wait_for_all_but<2>();
-  __syncthreads();
 
 #pragma unroll 1
-  for (;;) {
+  for (int chunk = 0;; ++chunk) {
     t.forget();
-    const WideRows &w = own.rows[parity];
-    const uint32_t keys = shared_address(own.raw[parity]), queries = keys + kTile;
+    const int begin = span.begin + chunk * kTokens, stage = chunk & 1;
+    if (chunk % kAhead == 0) {
+      prepare(begin);
+      __syncthreads();
+    }
+    t.forget();
+    const WideRows &w = own.rows[chunk % kAhead];
+    const uint32_t keys = shared_address(own.raw[stage]), queries = keys + kTile;
     const uint32_t weights = shared_address(own.weights), sums = shared_address(own.sums);
     WideHalf y;
     if (!plan.states_only) {
       const int warp = t.thread / 32;
       if (warp < 6)
         multiply_keys_wide<kN>(queries, keys, w, weights, warp < 4 ? 1 : 0, warp & 3, t.lane);
+    } else if (t.thread == 0) {
+      own.decays += w.all;
     }
-    prepare(begin + kTokens, parity ^ 1);
     if (!plan.states_only) {
       t.forget();
       MmaTile<kTokens> all;
@@ -254,7 +274,7 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     WideValues u;
     load_values(u, shared_address(own.x), t.pair, t.lane);
     if (!plan.states_only) {
-      join_half(y, sums, w.rows.decay, t.pair, t.half, t.lane);
+      join_half(y, sums, w.decay, t.pair, t.half, t.lane);
       const bool finite = __all_sync(~0u, all_finite(u));
       NotFinite from = {{kRows, kRows}};
       if (!finite) from = set_apart(u, t.lane);
@@ -284,14 +304,12 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     const int next = begin + kTokens;
     if (next >= span.end) break;
     bring_values(next);
-    bring_keys(next + kTokens, parity);
-    begin = next;
-    parity ^= 1;
+    bring_keys(next + kTokens, stage);
   }
 
   if (plan.states_only) {
     keep_state<kN>(h, kept_state<kN>(p, plan, span.index, {t, facts->slice}));
-    if (t.thread == 0) plan.decays[span.index * p.nheads + facts->slice.head] = own.decays;
+    if (t.thread == 0) plan.decays[span.index * p.nheads + facts->slice.head] = float(own.decays);
   } else if (span.last && p.final.h.given()) {
     write_state<kN>(h, p.final.h, span.slot, {t, facts->slice}, int(p.dstate), area);
   }

@@ -90,11 +90,16 @@ __device__ __forceinline__ Parts load_parts(uint32_t at) {
   return p;
 }
 
-// Sums of log2 decays, to twice the bits of float32: they may be large where their differences
-// count.
+// What is known of the tokens of a chunk.
 struct WideRows {
-  RowArrays rows;
-  float rest[kTokens];  // what rows.sum lacks
+  // Sums of the log2 decays, up to and with the token, to twice the bits of float32: they may be
+  // large where their differences count.
+  float sum[kTokens], rest[kTokens];
+  float later[kTokens];   // its weight, for itself and later ones
+  float decay[kTokens];   // exp2(sum)
+  float ending[kTokens];  // its weight in the state after the chunk
+  double all;             // of the log2 decays
+  float last;             // exp2 of that
 };
 
 // Of S = Q K^T the 16 rows of block `block` by the 8 columns of block `tile`; weighed, 0 for later
@@ -121,12 +126,12 @@ __device__ __forceinline__ void multiply_keys_wide(uint32_t queries, uint32_t ke
   }
   const int g = lane >> 2, q = lane & 3;
   const int i[2] = {block * 16 + g, block * 16 + g + 8}, j = tile * 8 + 2 * q;
-  const float2 sum = *reinterpret_cast<const float2 *>(w.rows.sum + j);
+  const float2 sum = *reinterpret_cast<const float2 *>(w.sum + j);
   const float2 rest = *reinterpret_cast<const float2 *>(w.rest + j);
-  const float2 later = *reinterpret_cast<const float2 *>(w.rows.later + j);
+  const float2 later = *reinterpret_cast<const float2 *>(w.later + j);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float own = w.rows.sum[i[r]], own_rest = w.rest[i[r]];
+    const float own = w.sum[i[r]], own_rest = w.rest[i[r]];
     const auto weighed = [&](int k, float before, float before_rest, float by) {
       const float product = (s[0].large[k] + s[1].large[k]) + (s[0].small[k] + s[1].small[k]);
       const float decay = exp2_fast((own - before) + (own_rest - before_rest));
@@ -303,9 +308,9 @@ __device__ __forceinline__ void add_to_state_wide(MmaState<kN, true> &h, const W
                                                   uint32_t keys, const WideRows &w, int half,
                                                   int lane) {
   const auto weight = [&](int s) {
-    return *reinterpret_cast<const float2 *>(w.rows.ending + s * 8 + 2 * (lane & 3));
+    return *reinterpret_cast<const float2 *>(w.ending + s * 8 + 2 * (lane & 3));
   };
-  multiply_values_keys<kN, false>(h, u, keys, weight, w.rows.last[0], kTokens, half, lane,
+  multiply_values_keys<kN, false>(h, u, keys, weight, w.last, kTokens, half, lane,
                                   [&](int tile, const float (&v)[4]) {
 #pragma unroll
                                     for (int k = 0; k < 4; ++k) h.v[tile][k] = v[k];
@@ -319,13 +324,13 @@ __device__ __forceinline__ void write_state_after(const MmaState<kN, true> &h, c
                                                   const View<4> &to, int64_t entry,
                                                   const MmaThread &t, int dstate) {
   const int q = t.lane & 3;
-  const float sum = w.rows.sum[token], rest = w.rest[token];
+  const float sum = w.sum[token], rest = w.rest[token];
   const auto weight = [&](int s) {
     float by[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int i = s * 8 + 2 * q + k;
-      by[k] = exp2_fast((sum - w.rows.sum[i]) + (rest - w.rest[i])) * w.rows.later[i];
+      by[k] = exp2_fast((sum - w.sum[i]) + (rest - w.rest[i])) * w.later[i];
     }
     return float2{by[0], by[1]};
   };
