@@ -229,22 +229,17 @@ __device__ __forceinline__ uint32_t word_at(int row, int column, int bytes) {
   return piece_at(row, column >> 3, bytes) + ((column & 7) << 1);
 }
 
-// Which piece a row's piece 0 changes places with.
-struct PlainMix {
-  __device__ __forceinline__ static int of(int row) { return row & 7; }
-};
-
 // Brings `rows` rows of pieces to a tile of `to_rows`, the others are zeros; it has kTo at most.
 // `from`: the first row; row i = t << log_rank | r is t * token + r * rank bytes on.  `pieces` of a
 // tile's kPieces are there.
-template <int kPieces, int kTo, class Mix = PlainMix>
+template <int kPieces, int kTo>
 __device__ __forceinline__ void bring_rows(uint32_t to, const char *from, int64_t token,
                                            int64_t rank, int log_rank, int rows, int to_rows,
                                            int pieces, int thread) {
   constexpr int kStep = kTeam / kPieces;  // rows: a multiple of 8, and of all ranks
   const int piece = thread % kPieces, first = thread / kPieces;
   from += (first >> log_rank) * token + (first & ((1 << log_rank) - 1)) * rank + piece * 16;
-  to += first * kPieces * 16 + ((piece ^ Mix::of(first)) << 4);
+  to += piece_at(first, piece, kPieces * 16);
   const int64_t step = (kStep >> log_rank) * token;
   if (piece >= pieces) rows = 0;
 #pragma unroll

@@ -209,14 +209,14 @@ __device__ __forceinline__ void clear_rows(char *to, int64_t token, int64_t rank
 }
 
 // The tile's first `rows` rows to memory; addresses as in bring_rows().
-template <int kPieces = 8, int kTo = kRows, class Mix = PlainMix>
+template <int kPieces = 8, int kTo = kRows>
 __device__ __forceinline__ void store_rows(uint32_t tile, char *to, int64_t token, int64_t rank,
                                            int log_rank, int rows, int pieces, int thread) {
   constexpr int kStep = kTeam / kPieces, kBytes = kPieces * 16;
   const int piece = thread % kPieces, first = thread / kPieces;
   to += (first >> log_rank) * token + (first & ((1 << log_rank) - 1)) * rank + piece * 16;
   const int64_t step = (kStep >> log_rank) * token;
-  tile += first * kBytes + ((piece ^ Mix::of(first)) << 4);
+  tile += piece_at(first, piece, kBytes);
   uint4 v[kTo / kStep];
 #pragma unroll
   for (int i = 0; i < kTo / kStep; ++i) v[i] = load_four_words(tile + i * kStep * kBytes);

@@ -23,6 +23,21 @@ const char *refuses_sizes(const SsdChunkProblem &p) {
   return nullptr;
 }
 
+// Warpgroups have the products with the state, where they are and registers do.
+bool has_groups(const SsdChunkProblem &p, int capability) {
+#if defined(SSMK_SM_90A)
+  return capability == 90 && !p.captured.h.given();
+#else
+  return false;
+#endif
+}
+
+template <bool kGroups>
+int shared_bytes(const SsdChunkProblem &p) {
+  return int(mma_states(p.dstate) == 64 ? sizeof(WidePlaces<64, kGroups>)
+                                        : sizeof(WidePlaces<128, kGroups>));
+}
+
 MmaPlan wide_plan(const SsdChunkProblem &p) {
   MmaPlan plan;
   plan.slices = int((p.headdim + kSlice - 1) / kSlice);
@@ -34,7 +49,6 @@ MmaPlan wide_plan(const SsdChunkProblem &p) {
                                                                    : kSegment;
   plan.prepared = plan.segment > 0;
   plan.slots = mma_slots(p, plan.segment);
-  plan.at.total = p.dstate <= 64 ? int(sizeof(WidePlaces<64>)) : int(sizeof(WidePlaces<128>));
   plan.B_token = p.B.stride[1] * 4, plan.C_token = p.C.stride[1] * 4;
   plan.x_token = p.x.stride[1] * 4, plan.z_token = p.z.stride[1] * 4;
   plan.out_token = p.out.stride[1] * 4;
@@ -47,19 +61,31 @@ const char *refuses(const SsdChunkProblem &p, int capability) {
   if (!mma_packs(p.x, 3) || !mma_packs(p.z, 3) || !mma_packs(p.out, 4) || !mma_packs(p.B, 4) ||
       !mma_packs(p.C, 4))
     return "rows that are not packed in 16 bytes";
-  const MmaPlan plan = wide_plan(p);
-  if (plan.at.total > mma_shared_limit(capability)) return "too little shared memory";
-  return mma_grid_refuses(p, plan);
+  const int shared = has_groups(p, capability) ? shared_bytes<true>(p) : shared_bytes<false>(p);
+  if (shared > mma_shared_limit(capability)) return "too little shared memory";
+  return mma_grid_refuses(p, wide_plan(p));
 }
 
-template <int kN>
-ssmk_status run_states(const SsdChunkProblem &p, const Call &call) {
-  return p.captured.h.given() ? mma_walk<kN, true>(ssd_tf32<kN, true>, p, wide_plan(p), call)
-                         : mma_walk<kN, true>(ssd_tf32<kN, false>, p, wide_plan(p), call);
+template <bool kGroups, bool kCaptures>
+ssmk_status run_kind(const SsdChunkProblem &p, const Call &call) {
+  MmaPlan plan = wide_plan(p);
+  plan.at.total = shared_bytes<kGroups>(p);
+  return mma_states(p.dstate) == 64
+             ? mma_walk<64, true>(ssd_tf32<64, kGroups, kCaptures>, p, plan, call)
+             : mma_walk<128, true>(ssd_tf32<128, kGroups, kCaptures>, p, plan, call);
 }
 
 ssmk_status run(const SsdChunkProblem &p, const Call &call) {
-  return mma_states(p.dstate) == 64 ? run_states<64>(p, call) : run_states<128>(p, call);
+#if defined(SSMK_SM_90A)
+  int major = 0, minor = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
+  if (error != cudaSuccess) return device_error(call, "asking about", error);
+  if (has_groups(p, 10 * major + minor)) return run_kind<true, false>(p, call);
+#endif
+  return p.captured.h.given() ? run_kind<false, true>(p, call) : run_kind<false, false>(p, call);
 }
 
 uint64_t workspace(const SsdChunkProblem &p) {

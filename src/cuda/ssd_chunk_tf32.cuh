@@ -4,34 +4,41 @@
 // As ssd_chunk_mma.cuh, with chunks of 32 tokens and factors in three products
 // (ssd_chunk_tf32_products.cuh), so that results are those of float32.  A chunk takes two barriers:
 //
-//     S = Q K^T weighed to M        six warps have a tile each, one prepares the next chunk's tokens
+//     S = Q K^T weighed to M        six warps have a tile each
 //     Y^T = h Q^T                   over half of the states a warp
 //     ---
 //     Y^T = e Y^T + U^T M^T         half of the tokens a warp; D, the gate
 //     h = exp(cs_end) h + (w U)^T K
 //     ---
+//
+// On 9.0 the two products with h are those of warpgroups, whose factors in shared memory are split
+// before: one barrier more (ssd_chunk_tf32_group.cuh).
 #pragma once
 
 #include "cuda/launch.cuh"
 #include "cuda/ssd_chunk_mma_output.cuh"
 #include "cuda/ssd_chunk_mma_prepare.cuh"
-#include "cuda/ssd_chunk_tf32_products.cuh"
+#include "cuda/ssd_chunk_tf32_group.cuh"
 
 namespace ssmk::cuda {
 
-constexpr int kAhead = kTeam / 32;  // chunks that are prepared together, one by each warp
-
-template <int kN>
+// In shared memory.  kGroups: products with the state are those of warpgroups.
+template <int kN, bool kGroups>
 struct WidePlaces {
+  static constexpr int kStages = kGroups ? 1 : 2;
+  static constexpr int kAhead = kGroups ? 4 : 8;  // chunks that are prepared together, a warp each
+
   WideRows rows[kAhead];
   BlockFacts facts;
   double decays;  // of the segment so far
   float D[kSlice];
-  // Of B and of C, in stages.
-  alignas(1024) char raw[2][2][kTokens * kN * 4];
-  alignas(128) char x[kTokens * kWideSlice];
-  alignas(128) char z[kTokens * kWideSlice];  // and the outputs
-  alignas(128) char weights[kTokens * kWeightBytes];
+  // Of B and of C, in stages; keys turned round, and the rests of both.
+  alignas(1024) char queries[kGroups ? 2 : kStages][kWideTile<kN>];
+  alignas(1024) char turned[kGroups ? 2 : 1][kGroups ? kWideTile<kN> : 16];
+  alignas(1024) char keys[kStages][kWideTile<kN>];
+  alignas(128) char x[kTokens * kWideBytes];
+  alignas(128) char z[kTokens * kWideBytes];  // and the outputs
+  alignas(128) char weights[kPartTile];
   alignas(128) char sums[kJoinBytes];
 };
 
@@ -103,18 +110,50 @@ __device__ __forceinline__ void add_skip(WideHalf &y, const WideValues &u, const
     }
 }
 
+// The sums over half of the states: those of the other warp's half of the tokens go to `sums`.
+__device__ __forceinline__ void send_half(const MmaTile<kTokens> &y, WideHalf &own, uint32_t sums,
+                                          const MmaLane &t) {
+  const uint32_t at = sums + t.pair * 2048 + t.half * 1024 + t.lane * 16;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sent[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sent[k] = t.half ? y.v[i][k] : y.v[2 + i][k];
+      own.v[i][k] = t.half ? y.v[2 + i][k] : y.v[i][k];
+    }
+    store_four_words(at + i * 512, {__float_as_uint(sent[0]), __float_as_uint(sent[1]),
+                                    __float_as_uint(sent[2]), __float_as_uint(sent[3])});
+  }
+}
+// And the other warp's for this one's come from there; all times exp(cs) of the tokens.
+__device__ __forceinline__ void join_half(WideHalf &y, uint32_t sums, const float *decay,
+                                          const MmaLane &t) {
+  const uint32_t at = sums + t.pair * 2048 + (t.half ^ 1) * 1024 + t.lane * 16;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint4 v = load_four_words(at + i * 512);
+    const float2 e =
+        *reinterpret_cast<const float2 *>(decay + t.half * 16 + i * 8 + 2 * (t.lane & 3));
+    y.v[i][0] = (y.v[i][0] + __uint_as_float(v.x)) * e.x;
+    y.v[i][1] = (y.v[i][1] + __uint_as_float(v.y)) * e.y;
+    y.v[i][2] = (y.v[i][2] + __uint_as_float(v.z)) * e.x;
+    y.v[i][3] = (y.v[i][3] + __uint_as_float(v.w)) * e.y;
+  }
+}
+
 // Gated, to the tile in which the gates are: a thread reads and writes its own.
 __device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_t tile,
                                           const MmaLane &t) {
   const int g = t.lane >> 2, q = t.lane & 3;
-  const uint32_t at = tile + (t.half * 16 + 2 * q) * kWideSlice +
-                      ((4 * t.pair + (g >> 2)) ^ WideMix::of(2 * q)) * 16 + (g & 3) * 4;
+  const uint32_t at = tile + piece_at(t.half * 16 + 2 * q, 4 * t.pair + (g >> 2), kWideBytes) +
+                      (g & 3) * 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t to =
-          ((at ^ (k >> 1 ? 32 : 0)) ^ (k & 1 ? 64 : 0)) + (8 * i + (k & 1)) * kWideSlice;
+          (at ^ (k >> 1) << 5 ^ (k & 1) << 4) + (8 * i + (k & 1)) * kWideBytes;
       float v = y.v[i][k];
       if (gated) {
         const float z = __uint_as_float(load_word(to));
@@ -127,12 +166,10 @@ __device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_
 // ---- The walk over the chunks of a sequence, or of a segment of one
 
 // kCaptures: states are captured, which takes more registers.
-template <int kN, bool kCaptures>
-__global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
-    ssd_tf32(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
-  constexpr int kPieces = kN / 4, kSlicePieces = kSlice / 4, kTile = kTokens * kN * 4;
-  wait_for_previous();
-  start_next();
+template <int kN, bool kGroups, bool kCaptures>
+__device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPlan &plan) {
+  using Places = WidePlaces<kN, kGroups>;
+  constexpr int kAhead = Places::kAhead, kSlicePieces = kSlice / 4;
 
   MmaLane t;
   t.thread = threadIdx.x;
@@ -145,7 +182,7 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
   MmaSpan s;
   if (!span_of(p, plan, unit / unsigned(p.nheads), &s)) return;
   if (plan.states_only && (s.last || s.pad)) return;
-  auto &own = *reinterpret_cast<WidePlaces<kN> *>(mma_shared);
+  auto &own = *reinterpret_cast<Places *>(mma_shared);
 
   if (s.pad) {
     clear_rows(p.out.at(s.row, 0, 0, of.head, of.channel), plan.out_token, 0, 0, s.begin, s.end, of.channels / 4, t.thread);
@@ -171,7 +208,7 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
 
   MmaState<kN, true> h;
   // For states, before the first chunk and after the last.
-  float *const area = reinterpret_cast<float *>(own.raw[0]);
+  float *const area = reinterpret_cast<float *>(own.queries[0]);
   if (plan.states_only || (!plan.prepared && !(span.has_initial && p.initial.h.given())))
     clear(h);
   else if (plan.prepared)
@@ -181,34 +218,36 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
   __syncthreads();
 
   const auto tokens_from = [&](int begin) { return max(min(span.end - begin, kTokens), 0); };
+  const auto bring_tiles = [&](char *to, const char *from, int64_t token, int tokens) {
+#pragma unroll
+    for (int part = 0; part < kN / 32; ++part)
+      bring_rows<8, kTokens>(shared_address(to) + part * kPartTile, from + part * kPartBytes, token,
+                             0, 0, tokens, kTokens, int(p.dstate) / 4 - part * 8, t.thread);
+  };
   const auto bring_keys = [&](int begin, int stage) {
     const int tokens = tokens_from(begin);
     if (tokens > 0) {
-      const uint32_t to = shared_address(own.raw[stage]);
-      bring_rows<kPieces, kTokens, WideMix>(to, facts->B + begin * plan.B_token, plan.B_token, 0, 0,
-                                            tokens, kTokens, int(p.dstate) / 4, t.thread);
+      bring_tiles(own.keys[stage], facts->B + begin * plan.B_token, plan.B_token, tokens);
       if (!plan.states_only)
-        bring_rows<kPieces, kTokens, WideMix>(to + kTile, facts->C + begin * plan.C_token,
-                                              plan.C_token, 0, 0, tokens, kTokens,
-                                              int(p.dstate) / 4, t.thread);
+        bring_tiles(own.queries[stage], facts->C + begin * plan.C_token, plan.C_token, tokens);
     }
     end_copies();
   };
   const auto bring_values = [&](int begin) {
     const int tokens = tokens_from(begin), pieces = facts->slice.channels / 4;
+    const auto bring = [&](char *to, const char *from, int64_t token) {
+      bring_rows<kSlicePieces, kTokens>(shared_address(to), from + begin * token, token, 0, 0,
+                                        tokens, kTokens, pieces, t.thread);
+    };
     if (tokens > 0) {
-      bring_rows<kSlicePieces, kTokens, WideMix>(shared_address(own.x),
-                                                 facts->x + begin * plan.x_token, plan.x_token, 0,
-                                                 0, tokens, kTokens, pieces, t.thread);
-      if (p.z.given() && !plan.states_only)
-        bring_rows<kSlicePieces, kTokens, WideMix>(shared_address(own.z),
-                                                   facts->z + begin * plan.z_token, plan.z_token, 0,
-                                                   0, tokens, kTokens, pieces, t.thread);
+      bring(own.x, facts->x, plan.x_token);
+      if (p.z.given() && !plan.states_only) bring(own.z, facts->z, plan.z_token);
     }
     end_copies();
   };
 
   const auto prepare = [&](int begin) {
+    if (t.thread / 32 >= kAhead) return;
     const int first = begin + t.thread / 32 * kTokens;
     if (tokens_from(first) > 0)
       prepare_chunk(own.rows[t.thread / 32], p, *facts, first, tokens_from(first), t.lane);
@@ -238,50 +277,67 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
 
   bring_keys(span.begin, 0);
   bring_values(span.begin);
-  bring_keys(span.begin + kTokens, 1);
-  wait_for_all_but<2>();
+  if (!kGroups) bring_keys(span.begin + kTokens, 1);
+  wait_for_all_but<kGroups ? 1 : 2>();
+  __syncthreads();
 
 #pragma unroll 1
   for (int chunk = 0;; ++chunk) {
     t.forget();
-    const int begin = span.begin + chunk * kTokens, stage = chunk & 1;
+    const int begin = span.begin + chunk * kTokens, next = begin + kTokens;
+    const int stage = kGroups ? 0 : chunk & 1;
     if (chunk % kAhead == 0) {
       prepare(begin);
-      __syncthreads();
+      if (!kGroups) __syncthreads();
     }
     t.forget();
     const WideRows &w = own.rows[chunk % kAhead];
-    const uint32_t keys = shared_address(own.raw[stage]), queries = keys + kTile;
+    const uint32_t keys = shared_address(own.keys[stage]);
+    const uint32_t queries = shared_address(own.queries[stage]);
+    const uint32_t turned = shared_address(own.turned[0]);
     const uint32_t weights = shared_address(own.weights), sums = shared_address(own.sums);
+    // What tells warps apart, known to be the same for all of one.
+    const int warp = __shfl_sync(~0u, t.thread / 32, 0), group = warp / 4;
+    if constexpr (kGroups) {
+      split_tiles<kN>(queries, keys, turned, !plan.states_only, t.thread);
+      show_to_products();
+      __syncthreads();
+      t.forget();
+    }
     WideHalf y;
     if (!plan.states_only) {
-      const int warp = t.thread / 32;
-      if (warp < 6)
-        multiply_keys_wide<kN>(queries, keys, w, weights, warp < 4 ? 1 : 0, warp & 3, t.lane);
+      MmaTile<kTokens> all;
+      const auto products = [&] {
+        if (warp < 6)
+          multiply_keys<kN, kGroups>(queries, keys, w, weights, warp < 4 ? 1 : 0, warp & 3, t.lane);
+      };
+      if constexpr (kGroups) {
+        multiply_state_group<kN>(all, h, queries, group, products);
+      } else {
+        products();
+        t.forget();
+        multiply_state<kN>(all, h, queries, t.half, t.lane);
+      }
+      send_half(all, y, sums, t);
     } else if (t.thread == 0) {
       own.decays += w.all;
     }
-    if (!plan.states_only) {
-      t.forget();
-      MmaTile<kTokens> all;
-      multiply_state_wide<kN>(all, h, queries, t.half, t.lane);
-      send_half(all, y, sums, t.pair, t.half, t.lane);
-    }
-    wait_for_all_but<1>();  // values, and gates, are there
+    wait_for_all_but<kGroups ? 0 : 1>();  // values, and gates, are there
     __syncthreads();
 
     t.forget();
+    if (kGroups) bring_keys(next, 0);
     WideValues u;
     load_values(u, shared_address(own.x), t.pair, t.lane);
     if (!plan.states_only) {
-      join_half(y, sums, w.decay, t.pair, t.half, t.lane);
+      join_half(y, sums, w.decay, t);
       const bool finite = __all_sync(~0u, all_finite(u));
       NotFinite from = {{kRows, kRows}};
       if (!finite) from = set_apart(u, t.lane);
       if (t.half)
-        multiply_half_wide<1>(y, u, weights, t.lane);
+        multiply_half<1>(y, u, weights, t.lane);
       else
-        multiply_half_wide<0>(y, u, weights, t.lane);
+        multiply_half<0>(y, u, weights, t.lane);
       if (!finite) {
         forbid(y, from, t);
         load_values(u, shared_address(own.x), t.pair, t.lane);
@@ -291,20 +347,23 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
       gate_rows(y, p.z.given(), shared_address(own.z), t);
     }
     t.forget();
-    if (kCaptures && !plan.states_only) capture(u, keys, w, begin);
-    add_to_state_wide<kN>(h, u, keys, w, t.half, t.lane);
+    if constexpr (kCaptures)
+      if (!plan.states_only) capture(u, keys, w, begin);
+    if constexpr (kGroups)
+      add_to_state_group<kN>(h, u, turned, w, group, t.lane);
+    else
+      add_to_state<kN>(h, u, keys, w, t.half, t.lane);
     wait_for_all_but<0>();  // the next chunk's keys
     __syncthreads();
 
     t.forget();
     if (!plan.states_only)
-      store_rows<kSlicePieces, kTokens, WideMix>(
-          shared_address(own.z), facts->out + begin * plan.out_token, plan.out_token, 0, 0,
-          tokens_from(begin), facts->slice.channels / 4, t.thread);
-    const int next = begin + kTokens;
+      store_rows<kSlicePieces, kTokens>(shared_address(own.z),
+                                        facts->out + begin * plan.out_token, plan.out_token, 0, 0,
+                                        tokens_from(begin), facts->slice.channels / 4, t.thread);
     if (next >= span.end) break;
     bring_values(next);
-    bring_keys(next + kTokens, stage);
+    if (!kGroups) bring_keys(next + kTokens, stage);
   }
 
   if (plan.states_only) {
@@ -312,6 +371,21 @@ __global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
     if (t.thread == 0) plan.decays[span.index * p.nheads + facts->slice.head] = float(own.decays);
   } else if (span.last && p.final.h.given()) {
     write_state<kN>(h, p.final.h, span.slot, {t, facts->slice}, int(p.dstate), area);
+  }
+}
+
+template <int kN, bool kGroups, bool kCaptures>
+__global__ void __launch_bounds__(kTeam, kCaptures ? 1 : 2)
+    ssd_tf32(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kHere = true;
+#else
+  constexpr bool kHere = !kGroups;
+#endif
+  if constexpr (kHere) {
+    wait_for_previous();
+    start_next();
+    walk_wide<kN, kGroups, kCaptures>(p, plan);
   }
 }
 
