@@ -30,9 +30,7 @@ __device__ __forceinline__ float transformed(const DtTransform &f, float dt) {
   return dt;
 }
 
-__device__ __forceinline__ double log2_decay(const SsdChunkProblem &p, const TokenBits &b, float dt,
-                                             double A) {
-  const double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * A;
+__device__ __forceinline__ double log2_decay(double decay) {
   return (decay < -kLogDecayLimit  ? -kLogDecayLimit
           : decay > kLogDecayLimit ? kLogDecayLimit
                                    : decay) *
@@ -64,7 +62,9 @@ __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const 
   }
   to.share[i] = share;
   if (i >= chunk_tokens) return;
-  to.decay[i] = own ? log2_decay(p, b, dt, head.A) : 0.0;
+  const double decay =
+      p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
+  to.decay[i] = own ? log2_decay(decay) : 0.0;
   to.now[i] = own ? now : 0.0f;
   dts[i] = own ? dt : 0.0f;
 }

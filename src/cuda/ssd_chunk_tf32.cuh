@@ -50,9 +50,10 @@ __device__ __forceinline__ void prepare_chunk(WideRows &to, const SsdChunkProble
   float dt = 0.0f;
   double sum = 0.0;
   if (own) {
-    const TokenBits b = read_token(p, head.span.row, begin + lane, head.slice.head);
-    dt = transformed(p.dt_transform, value_of(b.dt, p.dt.dtype) + head.bias);
-    sum = log2_decay(p, b, dt, head.A);
+    const int64_t row = head.span.row, token = begin + lane;
+    dt = transformed(p.dt_transform, load_at(p.dt, row, token, head.slice.head) + head.bias);
+    sum = log2_decay(p.adt.given() ? double(load_at(p.adt, row, token, head.slice.head))
+                                   : double(dt) * head.A);
   }
 #pragma unroll
   for (int off = 1; off < 32; off *= 2) {
@@ -163,6 +164,15 @@ __device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_
     }
 }
 
+__device__ __forceinline__ MmaLane this_thread() {
+  MmaLane t;
+  t.thread = thread_number();
+  t.lane = t.thread & 31;
+  t.pair = t.thread >> 5 & 3;
+  t.half = t.thread >> 7;
+  return t;
+}
+
 // ---- The walk over the chunks of a sequence, or of a segment of one
 
 // kCaptures: states are captured, which takes more registers.
@@ -171,11 +181,7 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
   using Places = WidePlaces<kN, kGroups>;
   constexpr int kAhead = Places::kAhead, kSlicePieces = kSlice / 4;
 
-  MmaLane t;
-  t.thread = threadIdx.x;
-  t.lane = t.thread & 31;
-  t.pair = t.thread >> 5 & 3;
-  t.half = t.thread >> 7;
+  MmaLane t = this_thread();
   const unsigned unit = blockIdx.x / unsigned(plan.slices);
   const MmaSlice of = slice_of(p, int(unit % unsigned(p.nheads)),
                                int(blockIdx.x % unsigned(plan.slices)));
@@ -236,6 +242,7 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
   const auto bring_values = [&](int begin) {
     const int tokens = tokens_from(begin), pieces = facts->slice.channels / 4;
     const auto bring = [&](char *to, const char *from, int64_t token) {
+      asm volatile("" : "+l"(token));  // its multiples, too, are found anew
       bring_rows<kSlicePieces, kTokens>(shared_address(to), from + begin * token, token, 0, 0,
                                         tokens, kTokens, pieces, t.thread);
     };
@@ -283,61 +290,66 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
 
 #pragma unroll 1
   for (int chunk = 0;; ++chunk) {
-    t.forget();
-    const int begin = span.begin + chunk * kTokens, next = begin + kTokens;
-    const int stage = kGroups ? 0 : chunk & 1;
+    // What follows from the chunk's number, as from the thread's, is found anew where it is used.
+    const auto forget = [&] {
+      t.forget();
+      asm volatile("" : "+r"(chunk));
+    };
+    const auto begin = [&] { return span.begin + chunk * kTokens; };
+    const auto stage = [&] { return kGroups ? 0 : chunk & 1; };
+    const auto rows = [&]() -> const WideRows & { return own.rows[chunk % kAhead]; };
+    const auto keys = [&] { return shared_address(own.keys[stage()]); };
+    const auto queries = [&] { return shared_address(own.queries[stage()]); };
+    const auto warp = [&] { return __shfl_sync(~0u, t.thread / 32, 0); };
+    forget();
     if (chunk % kAhead == 0) {
-      prepare(begin);
+      prepare(begin());
       if (!kGroups) __syncthreads();
     }
-    t.forget();
-    const WideRows &w = own.rows[chunk % kAhead];
-    const uint32_t keys = shared_address(own.keys[stage]);
-    const uint32_t queries = shared_address(own.queries[stage]);
-    const uint32_t turned = shared_address(own.turned[0]);
-    const uint32_t weights = shared_address(own.weights), sums = shared_address(own.sums);
-    // What tells warps apart, known to be the same for all of one.
-    const int warp = __shfl_sync(~0u, t.thread / 32, 0), group = warp / 4;
+    forget();
     if constexpr (kGroups) {
-      split_tiles<kN>(queries, keys, turned, !plan.states_only, t.thread);
+      split_tiles<kN>(queries(), keys(), shared_address(own.turned[0]), !plan.states_only,
+                      t.thread);
       show_to_products();
       __syncthreads();
-      t.forget();
+      forget();
     }
     WideHalf y;
     if (!plan.states_only) {
       MmaTile<kTokens> all;
       const auto products = [&] {
-        if (warp < 6)
-          multiply_keys<kN, kGroups>(queries, keys, w, weights, warp < 4 ? 1 : 0, warp & 3, t.lane);
+        const int w = warp();
+        if (w < 6)
+          multiply_keys<kN, kGroups>(queries(), keys(), rows(), shared_address(own.weights),
+                                     w < 4 ? 1 : 0, w & 3, t.lane);
       };
       if constexpr (kGroups) {
-        multiply_state_group<kN>(all, h, queries, group, products);
+        multiply_state_group<kN>(all, h, queries(), warp() / 4, products);
       } else {
         products();
-        t.forget();
-        multiply_state<kN>(all, h, queries, t.half, t.lane);
+        forget();
+        multiply_state<kN>(all, h, queries(), t.half, t.lane);
       }
-      send_half(all, y, sums, t);
+      send_half(all, y, shared_address(own.sums), t);
     } else if (t.thread == 0) {
-      own.decays += w.all;
+      own.decays += rows().all;
     }
     wait_for_all_but<kGroups ? 0 : 1>();  // values, and gates, are there
     __syncthreads();
 
-    t.forget();
-    if (kGroups) bring_keys(next, 0);
+    forget();
+    if (kGroups) bring_keys(begin() + kTokens, 0);
     WideValues u;
     load_values(u, shared_address(own.x), t.pair, t.lane);
     if (!plan.states_only) {
-      join_half(y, sums, w.decay, t);
+      join_half(y, shared_address(own.sums), rows().decay, t);
       const bool finite = __all_sync(~0u, all_finite(u));
       NotFinite from = {{kRows, kRows}};
       if (!finite) from = set_apart(u, t.lane);
       if (t.half)
-        multiply_half<1>(y, u, weights, t.lane);
+        multiply_half<1>(y, u, shared_address(own.weights), t.lane);
       else
-        multiply_half<0>(y, u, weights, t.lane);
+        multiply_half<0>(y, u, shared_address(own.weights), t.lane);
       if (!finite) {
         forbid(y, from, t);
         load_values(u, shared_address(own.x), t.pair, t.lane);
@@ -346,26 +358,29 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
       t.forget();
       gate_rows(y, p.z.given(), shared_address(own.z), t);
     }
-    t.forget();
+    forget();
     if constexpr (kCaptures)
-      if (!plan.states_only) capture(u, keys, w, begin);
+      if (!plan.states_only) capture(u, keys(), rows(), begin());
     if constexpr (kGroups)
-      add_to_state_group<kN>(h, u, turned, w, group, t.lane);
+      add_to_state_group<kN>(h, u, shared_address(own.turned[0]), rows(), warp() / 4, t.lane);
     else
-      add_to_state<kN>(h, u, keys, w, t.half, t.lane);
+      add_to_state<kN>(h, u, keys(), rows(), t.half, t.lane);
     wait_for_all_but<0>();  // the next chunk's keys
     __syncthreads();
 
-    t.forget();
+    forget();
     if (!plan.states_only)
       store_rows<kSlicePieces, kTokens>(shared_address(own.z),
-                                        facts->out + begin * plan.out_token, plan.out_token, 0, 0,
-                                        tokens_from(begin), facts->slice.channels / 4, t.thread);
+                                        facts->out + begin() * plan.out_token, plan.out_token, 0,
+                                        0, tokens_from(begin()), facts->slice.channels / 4,
+                                        t.thread);
+    const int next = begin() + kTokens;
     if (next >= span.end) break;
     bring_values(next);
-    if (!kGroups) bring_keys(next + kTokens, stage);
+    if (!kGroups) bring_keys(next + kTokens, stage());
   }
 
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(t.lane));  // not kept in a register until here
   if (plan.states_only) {
     keep_state<kN>(h, kept_state<kN>(p, plan, span.index, {t, facts->slice}));
     if (t.thread == 0) plan.decays[span.index * p.nheads + facts->slice.head] = float(own.decays);
