@@ -164,13 +164,8 @@ __device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_
     }
 }
 
-__device__ __forceinline__ MmaLane this_thread() {
-  MmaLane t;
-  t.thread = thread_number();
-  t.lane = t.thread & 31;
-  t.pair = t.thread >> 5 & 3;
-  t.half = t.thread >> 7;
-  return t;
+__device__ __forceinline__ MmaLane lane_of(int thread) {
+  return {thread, thread & 31, thread >> 5 & 3, thread >> 7};
 }
 
 // ---- The walk over the chunks of a sequence, or of a segment of one
@@ -181,7 +176,7 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
   using Places = WidePlaces<kN, kGroups>;
   constexpr int kAhead = Places::kAhead, kSlicePieces = kSlice / 4;
 
-  MmaLane t = this_thread();
+  MmaLane t = lane_of(thread_number());
   const unsigned unit = blockIdx.x / unsigned(plan.slices);
   const MmaSlice of = slice_of(p, int(unit % unsigned(p.nheads)),
                                int(blockIdx.x % unsigned(plan.slices)));
@@ -292,8 +287,8 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
   for (int chunk = 0;; ++chunk) {
     // What follows from the chunk's number, as from the thread's, is found anew where it is used.
     const auto forget = [&] {
-      t.forget();
       asm volatile("" : "+r"(chunk));
+      t = lane_of(thread_number());
     };
     const auto begin = [&] { return span.begin + chunk * kTokens; };
     const auto stage = [&] { return kGroups ? 0 : chunk & 1; };
@@ -355,7 +350,7 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
         load_values(u, shared_address(own.x), t.pair, t.lane);
       }
       if (p.D.given()) add_skip(y, u, own.D, t);
-      t.forget();
+      forget();
       gate_rows(y, p.z.given(), shared_address(own.z), t);
     }
     forget();
@@ -380,7 +375,7 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
     if (!kGroups) bring_keys(next + kTokens, stage());
   }
 
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(t.lane));  // not kept in a register until here
+  t = lane_of(thread_number());
   if (plan.states_only) {
     keep_state<kN>(h, kept_state<kN>(p, plan, span.index, {t, facts->slice}));
     if (t.thread == 0) plan.decays[span.index * p.nheads + facts->slice.head] = float(own.decays);

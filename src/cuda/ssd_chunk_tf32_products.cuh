@@ -254,29 +254,24 @@ __device__ __forceinline__ void multiply_values_keys(const MmaState<kN, true> &h
   const uint32_t row = keys + half * (kWideTile<kN> / 2) + 2 * q * kPartBytes + (g >> 1) * 4;
   const int mix = ((g & 1) ^ 2 * q) << 4;
 #pragma unroll
-  for (int n = 0; n < kN / 32; ++n) {
-    WideSums sums[2];
-    sums[0].clear(), sums[1].clear();
+  for (int tile = 0; tile < kN / 16; ++tile) {
+    WideSums sums;
+    sums.clear();
 #pragma unroll
-    for (int s = 0; s < kTokens / 8; ++s)
+    for (int s = 0; s < kTokens / 8; ++s) {
+      Cut<2> b;  // of two tokens
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        Cut<2> b;  // of two tokens
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const uint32_t at = mixed(row + n / 2 * kPartTile + (8 * s + k) * kPartBytes,
-                                    mix ^ k << 4, n % 2 * 4 + 2 * j);
-          b.set(k, kEnds && s * 8 + 2 * q + k >= end ? 0u : load_word(at));
-        }
-        sums[j].add(a[s], b);
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t at = mixed(row + tile / 4 * kPartTile + (8 * s + k) * kPartBytes,
+                                  mix ^ k << 4, tile % 4 * 2);
+        b.set(k, kEnds && s * 8 + 2 * q + k >= end ? 0u : load_word(at));
       }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float v[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) v[k] = fmaf(h.v[2 * n + j][k], decay, sums[j].all(k));
-      take(2 * n + j, v);
+      sums.add(a[s], b);
     }
+    float v[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = fmaf(h.v[tile][k], decay, sums.all(k));
+    take(tile, v);
   }
 }
 
