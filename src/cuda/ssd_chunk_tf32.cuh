@@ -314,9 +314,10 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
       MmaTile<kTokens> all;
       const auto products = [&] {
         const int w = warp();
-        if (w < 6)
+        if (kGroups ? w < 3 : w < 6)
           multiply_keys<kN, kGroups>(queries(), keys(), rows(), shared_address(own.weights),
-                                     w < 4 ? 1 : 0, w & 3, t.lane);
+                                     w < (kGroups ? 2 : 4) ? 1 : 0,
+                                     kGroups ? (w == 1 ? 2 : 0) : w & 3, t.lane);
       };
       if constexpr (kGroups) {
         multiply_state_group<kN>(all, h, queries(), warp() / 4, products);
@@ -342,9 +343,9 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
       NotFinite from = {{kRows, kRows}};
       if (!finite) from = set_apart(u, t.lane);
       if (t.half)
-        multiply_half<1>(y, u, shared_address(own.weights), t.lane);
+        multiply_half<1, kGroups>(y, u, shared_address(own.weights), t.lane);
       else
-        multiply_half<0>(y, u, shared_address(own.weights), t.lane);
+        multiply_half<0, kGroups>(y, u, shared_address(own.weights), t.lane);
       if (!finite) {
         forbid(y, from, t);
         load_values(u, shared_address(own.x), t.pair, t.lane);

@@ -35,8 +35,8 @@ __device__ __forceinline__ void product_8(float (&d)[32], const uint32_t (&a)[4]
 }
 #undef SSMK_ACC8
 
-// d = a b over kSteps times 8 of the summed index, the small products first.  The rests of b are
-// `rest` bytes on, step i of it step(i).
+// d = a b over kSteps times 8 of the summed index, the small products first, in two groups: the
+// first has those of the rests of a.  The rests of b are `b_rest` bytes on, step i of it step(i).
 template <int kSteps, int kSums, class Step>
 __device__ __forceinline__ void product_in_parts(float (&d)[kSums],
                                                  const uint32_t (&first)[kSteps][4],
@@ -45,6 +45,7 @@ __device__ __forceinline__ void product_in_parts(float (&d)[kSums],
   products_begin();
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) product_8(d, rest[i], b + step(i), i > 0);
+  products_go();
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) product_8(d, first[i], b + (b_rest + step(i)), true);
 #pragma unroll
@@ -53,7 +54,7 @@ __device__ __forceinline__ void product_in_parts(float (&d)[kSums],
 }
 
 // Queries become their first parts and, a tile on, their rests.  Keys become, turned round, rows of
-// states with the tokens as fragments have them (see WideValues), whole and, a tile on, the rests.
+// states with the tokens as fragments have them (see WideValues), in parts, too.
 template <int kN>
 __device__ __forceinline__ void split_tiles(uint32_t queries, uint32_t keys, uint32_t turned,
                                             bool with_queries, int thread) {
@@ -77,9 +78,10 @@ __device__ __forceinline__ void split_tiles(uint32_t queries, uint32_t keys, uin
     uint32_t v[4], rest[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      v[k] = load_word(keys + part * kPartTile + piece_at(first + 2 * k, lane >> 2, kPartBytes) +
-                       (lane & 3) * 4);
-      rest[k] = rest_of(v[k], cut_part(v[k]));
+      const uint32_t key = load_word(
+          keys + part * kPartTile + piece_at(first + 2 * k, lane >> 2, kPartBytes) + (lane & 3) * 4);
+      v[k] = rounded_part(key);
+      rest[k] = rest_of(key, v[k]);
     }
     const uint32_t to = turned + part * kPartTile + piece_at(row, piece, kPartBytes);
     store_four_words(to, {v[0], v[1], v[2], v[3]});
@@ -105,10 +107,11 @@ __device__ __forceinline__ void multiply_state_group(MmaTile<kTokens> &y,
     }
   product_in_parts(d, first, rest, factor(queries + half * (kWideTile<kN> / 2)), kWideTile<kN>,
                    [](int i) { return i / 4 * kPartTile + i % 4 * 32; });
+  products_wait<1>();
+  settle(rest);  // their registers are free
   meanwhile();
   products_wait<0>();
   settle(d);
-  settle(rest);
 #pragma unroll
   for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll

@@ -104,8 +104,8 @@ __device__ __forceinline__ uint32_t weight_at(int row, int column) {
   return row * kPartBytes + (((column >> 2) ^ mix) << 4) + (column & 2) * 4;
 }
 
-// A tile of S, in two sums: weighed, 0 for later tokens; to shared memory as M.
-__device__ __forceinline__ void weigh_products(const WideSums (&s)[2], const WideRows &w,
+// A tile of S: weighed, 0 for later tokens; to shared memory as M.
+__device__ __forceinline__ void weigh_products(const float (&s)[4], const WideRows &w,
                                                uint32_t weights, int block, int tile, int lane) {
   const int j = tile * 8 + 2 * (lane & 3);
   const float2 sum = *reinterpret_cast<const float2 *>(w.sum + j);
@@ -116,9 +116,8 @@ __device__ __forceinline__ void weigh_products(const WideSums (&s)[2], const Wid
     const int i = block * 16 + r * 8 + (lane >> 2);
     const float own = w.sum[i], own_rest = w.rest[i];
     const auto weighed = [&](int k, float before, float before_rest, float by) {
-      const float product = (s[0].large[k] + s[1].large[k]) + (s[0].small[k] + s[1].small[k]);
       const float decay = exp2_fast((own - before) + (own_rest - before_rest));
-      return j + (k & 1) <= i ? product * (decay * by) : 0.0f;
+      return j + (k & 1) <= i ? s[k] * (decay * by) : 0.0f;
     };
     store_two_words(weights + weight_at(i, j),
                     __float_as_uint(weighed(2 * r, sum.x, rest.x, later.x)),
@@ -127,34 +126,48 @@ __device__ __forceinline__ void weigh_products(const WideSums (&s)[2], const Wid
 }
 
 // Of S = Q K^T the 16 rows of block `block` by the 8 columns of block `tile`, to M.  kSplit: the
-// rests of the queries follow their first parts.
+// rests of the queries follow their first parts, and two blocks of columns share what is loaded.
 template <int kN, bool kSplit>
 __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, const WideRows &w,
                                               uint32_t weights, int block, int tile, int lane) {
   const LaneRows a_lane = LaneRows::down_first(lane);
+  // Of keys four matrices are eight rows by sixteen states, or sixteen by eight.
+  const LaneRows b_lane =
+      kSplit ? LaneRows::across_first(lane) : LaneRows{lane & 7, lane >> 3};
   const uint32_t q_row = queries + (block * 16 + a_lane.row) * kPartBytes;
-  const uint32_t k_row = keys + (tile * 8 + (lane & 7)) * kPartBytes;
-  const int q_mix = (a_lane.piece ^ (lane & 7)) << 4, k_mix = (lane >> 3 ^ (lane & 7)) << 4;
-  WideSums s[2];
+  const uint32_t k_row = keys + (tile * 8 + b_lane.row) * kPartBytes;
+  const int q_mix = (a_lane.piece ^ (lane & 7)) << 4, k_mix = (b_lane.piece ^ (lane & 7)) << 4;
+  WideSums s[2];  // of two tiles, or of every second eight states
   s[0].clear(), s[1].clear();
 #pragma unroll
   for (int n = 0; n < kN / 16; ++n) {
     const int part = n / 2 * kPartTile, piece = n % 2 * 4;
-    const auto k = load_parts<WideParts<4, !kSplit>>(mixed(k_row + part, k_mix, piece));
+    Rounded<4> k;
+    if (!kSplit) k = load_parts<Rounded<4>>(mixed(k_row + part, k_mix, piece));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t at = mixed(q_row + part, q_mix, piece + 2 * j);
       if constexpr (kSplit) {
+        k = load_parts<Rounded<4>>(mixed(k_row + part, k_mix, piece + 2 * j));
         Rounded<4> q;
         load_matrices(q.first, at);
         load_matrices(q.rest, at + kWideTile<kN>);
-        s[j].add(q, k, 2 * j);
+        s[0].add(q, k, 0);
+        s[1].add(q, k, 2);
       } else {
         s[j].add(load_parts<Cut<4>>(at), k, 2 * j);
       }
     }
   }
-  weigh_products(s, w, weights, block, tile, lane);
+#pragma unroll
+  for (int i = 0; i < (kSplit ? 2 : 1); ++i) {
+    float product[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      product[k] = kSplit ? s[i].all(k)
+                          : (s[0].large[k] + s[1].large[k]) + (s[0].small[k] + s[1].small[k]);
+    weigh_products(product, w, weights, block, tile + i, lane);
+  }
 }
 
 // U^T of the warp's channels: fragments of 8 tokens each, where column q stands for token 2 q, and
@@ -175,7 +188,7 @@ __device__ __forceinline__ void load_values(WideValues &u, uint32_t tile, int pa
 
 // Y^T += U^T M^T, for half kHalf of the tokens.
 using WideHalf = MmaTile<kTokens / 2>;
-template <int kHalf>
+template <int kHalf, bool kRound>
 __device__ __forceinline__ void multiply_half(WideHalf &y, const WideValues &u, uint32_t weights,
                                               int lane) {
   const uint32_t at = weights + weight_at(lane >> 2, 2 * (lane & 3));
@@ -183,7 +196,7 @@ __device__ __forceinline__ void multiply_half(WideHalf &y, const WideValues &u, 
   s[0].clear(), s[1].clear();
 #pragma unroll
   for (int j = 0; j < 2 * kHalf + 2; ++j) {
-    Cut<4> a;
+    WideParts<4, kRound> a;
 #pragma unroll
     for (int k = 0; k < 4; ++k) a.set(k, u.v[j][k]);
 #pragma unroll
