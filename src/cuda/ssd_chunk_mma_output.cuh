@@ -204,7 +204,8 @@ __device__ __forceinline__ void clear_rows(char *to, int64_t token, int64_t rank
   for (int64_t i = thread; i < (int64_t(end - begin) << log_rank) * pieces; i += kTeam) {
     const int64_t row = i / pieces;
     *reinterpret_cast<uint4 *>(to + (begin + (row >> log_rank)) * token +
-                               (row & ((1 << log_rank) - 1)) * rank + i % pieces * 16) = {0, 0, 0, 0};
+                               (row & ((1 << log_rank) - 1)) * rank +
+                               i % pieces * 16) = {0, 0, 0, 0};
   }
 }
 

@@ -62,8 +62,7 @@ __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const 
   }
   to.share[i] = share;
   if (i >= chunk_tokens) return;
-  const double decay =
-      p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
+  const double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
   to.decay[i] = own ? log2_decay(decay) : 0.0;
   to.now[i] = own ? now : 0.0f;
   dts[i] = own ? dt : 0.0f;

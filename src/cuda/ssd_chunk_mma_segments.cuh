@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const bool there = s.has_initial && c[k >> 1] < p.headdim && n(k) < p.dstate;
-    h[k] = there && p.initial.h.given() ? load_at(p.initial.h, s.slot, head, c[k >> 1], n(k)) : 0.0f;
+    h[k] =
+        there && p.initial.h.given() ? load_at(p.initial.h, s.slot, head, c[k >> 1], n(k)) : 0.0f;
   }
   if (s.has_initial && p.trap.given() && p.initial.k.given() && p.initial.v.given() &&
       s.seq_begin < s.seq_end) {

@@ -46,7 +46,7 @@ MmaPlan wide_plan(const SsdChunkProblem &p) {
   constexpr int64_t kSegment = 16 * kGranule;
   plan.segment = !p.batch_invariant ? mma_segment(p, plan.slices, kGranule)
                  : p.nheads * plan.slices * 4 > kBlocksAtOnce * 3 ? 0
-                                                                   : kSegment;
+                                                                  : kSegment;
   plan.prepared = plan.segment > 0;
   plan.slots = mma_slots(p, plan.segment);
   plan.B_token = p.B.stride[1] * 4, plan.C_token = p.C.stride[1] * 4;

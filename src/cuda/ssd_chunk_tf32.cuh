@@ -147,14 +147,13 @@ __device__ __forceinline__ void join_half(WideHalf &y, uint32_t sums, const floa
 __device__ __forceinline__ void gate_rows(const WideHalf &y, bool gated, uint32_t tile,
                                           const MmaLane &t) {
   const int g = t.lane >> 2, q = t.lane & 3;
-  const uint32_t at = tile + piece_at(t.half * 16 + 2 * q, 4 * t.pair + (g >> 2), kWideBytes) +
-                      (g & 3) * 4;
+  const uint32_t at =
+      tile + piece_at(t.half * 16 + 2 * q, 4 * t.pair + (g >> 2), kWideBytes) + (g & 3) * 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint32_t to =
-          (at ^ (k >> 1) << 5 ^ (k & 1) << 4) + (8 * i + (k & 1)) * kWideBytes;
+      const uint32_t to = (at ^ (k >> 1) << 5 ^ (k & 1) << 4) + (8 * i + (k & 1)) * kWideBytes;
       float v = y.v[i][k];
       if (gated) {
         const float z = __uint_as_float(load_word(to));
@@ -178,15 +177,16 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
 
   MmaLane t = lane_of(thread_number());
   const unsigned unit = blockIdx.x / unsigned(plan.slices);
-  const MmaSlice of = slice_of(p, int(unit % unsigned(p.nheads)),
-                               int(blockIdx.x % unsigned(plan.slices)));
+  const MmaSlice of =
+      slice_of(p, int(unit % unsigned(p.nheads)), int(blockIdx.x % unsigned(plan.slices)));
   MmaSpan s;
   if (!span_of(p, plan, unit / unsigned(p.nheads), &s)) return;
   if (plan.states_only && (s.last || s.pad)) return;
   auto &own = *reinterpret_cast<Places *>(mma_shared);
 
   if (s.pad) {
-    clear_rows(p.out.at(s.row, 0, 0, of.head, of.channel), plan.out_token, 0, 0, s.begin, s.end, of.channels / 4, t.thread);
+    clear_rows(p.out.at(s.row, 0, 0, of.head, of.channel), plan.out_token, 0, 0, s.begin, s.end,
+               of.channels / 4, t.thread);
     return;
   }
   if (s.begin == s.end) {  // a sequence without tokens
@@ -201,9 +201,8 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
     own.decays = 0;
   }
   if (t.thread < kSlice)
-    own.D[t.thread] = t.thread < of.channels && p.D.given()
-                          ? load_at(p.D, of.head, of.channel + t.thread)
-                          : 0.0f;
+    own.D[t.thread] =
+        t.thread < of.channels && p.D.given() ? load_at(p.D, of.head, of.channel + t.thread) : 0.0f;
   __syncthreads();
   const MmaSpan &span = facts->span;
 
@@ -367,13 +366,13 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
     forget();
     if (!plan.states_only)
       store_rows<kSlicePieces, kTokens>(shared_address(own.z),
-                                        facts->out + begin() * plan.out_token, plan.out_token, 0,
-                                        0, tokens_from(begin()), facts->slice.channels / 4,
-                                        t.thread);
+                                        facts->out + begin() * plan.out_token, plan.out_token, 0, 0,
+                                        tokens_from(begin()), facts->slice.channels / 4, t.thread);
     const int next = begin() + kTokens;
     if (next >= span.end) break;
     bring_values(next);
-    if (!kGroups) bring_keys(next + kTokens, stage());
+    // This chunk's stage, in other words: what stage() found earlier would wait in a register.
+    if (!kGroups) bring_keys(next + kTokens, (next - span.begin) / kTokens + 1 & 1);
   }
 
   t = lane_of(thread_number());

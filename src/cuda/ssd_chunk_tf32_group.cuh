@@ -11,9 +11,9 @@
 namespace ssmk::cuda {
 
 // d (64 x 32, or 64 x 64) = or += a b over 8 of the summed index; a in registers.
-#define SSMK_ACC8(i)                                                                  \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),         \
-      "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SSMK_ACC8(i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 __device__ __forceinline__ void product_8(float (&d)[16], const uint32_t (&a)[4], Factor b,
                                           bool add) {
   asm volatile(
@@ -78,8 +78,9 @@ __device__ __forceinline__ void split_tiles(uint32_t queries, uint32_t keys, uin
     uint32_t v[4], rest[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint32_t key = load_word(
-          keys + part * kPartTile + piece_at(first + 2 * k, lane >> 2, kPartBytes) + (lane & 3) * 4);
+      const uint32_t key =
+          load_word(keys + part * kPartTile + piece_at(first + 2 * k, lane >> 2, kPartBytes) +
+                    (lane & 3) * 4);
       v[k] = rounded_part(key);
       rest[k] = rest_of(key, v[k]);
     }
@@ -89,8 +90,8 @@ __device__ __forceinline__ void split_tiles(uint32_t queries, uint32_t keys, uin
   }
 }
 
-// Y^T = h Q^T over the half of the states that the warpgroup has.  `meanwhile` runs while the tensor
-// cores do.
+// Y^T = h Q^T over the half of the states that the warpgroup has.  `meanwhile` runs while the
+// tensor cores do.
 template <int kN, class Meanwhile>
 __device__ __forceinline__ void multiply_state_group(MmaTile<kTokens> &y,
                                                      const MmaState<kN, true> &h, uint32_t queries,

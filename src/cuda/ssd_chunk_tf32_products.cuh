@@ -20,9 +20,9 @@ constexpr int kJoinBytes = kTokens * kSlice * 4;
 
 // ---- Factors in two parts
 
-// The first 32-bit word that a tensor core takes eleven bits of, and what is left.  Of that, too, it
-// takes eleven bits: if one of two factors is rounded, what is left out has no bias.  A NaN stays in
-// the second part; an infinity has one there.
+// The first 32-bit word that a tensor core takes eleven bits of, and what is left.  Of that, too,
+// it takes eleven bits: if one of two factors is rounded, what is left out has no bias.  A NaN
+// stays in the second part; an infinity has one there.
 __device__ __forceinline__ uint32_t rounded_part(uint32_t v) { return (v + 0x1000u) & 0xffffe000u; }
 __device__ __forceinline__ uint32_t cut_part(uint32_t v) { return v & 0xffffe000u; }
 __device__ __forceinline__ uint32_t rest_of(uint32_t v, uint32_t part) {
@@ -97,8 +97,8 @@ struct WideRows {
   float last;             // exp2 of that
 };
 
-// Byte of columns `column` and the next of a row of M: a half of its rows, or of four of them, meets
-// all banks.
+// Byte of columns `column` and the next of a row of M: a half of its rows, or of four of them,
+// meets all banks.
 __device__ __forceinline__ uint32_t weight_at(int row, int column) {
   const int mix = (row & 3) << 1 | (row >> 2 & 1);
   return row * kPartBytes + (((column >> 2) ^ mix) << 4) + (column & 2) * 4;
@@ -132,8 +132,7 @@ __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, c
                                               uint32_t weights, int block, int tile, int lane) {
   const LaneRows a_lane = LaneRows::down_first(lane);
   // Of keys four matrices are eight rows by sixteen states, or sixteen by eight.
-  const LaneRows b_lane =
-      kSplit ? LaneRows::across_first(lane) : LaneRows{lane & 7, lane >> 3};
+  const LaneRows b_lane = kSplit ? LaneRows::across_first(lane) : LaneRows{lane & 7, lane >> 3};
   const uint32_t q_row = queries + (block * 16 + a_lane.row) * kPartBytes;
   const uint32_t k_row = keys + (tile * 8 + b_lane.row) * kPartBytes;
   const int q_mix = (a_lane.piece ^ (lane & 7)) << 4, k_mix = (b_lane.piece ^ (lane & 7)) << 4;
@@ -164,8 +163,8 @@ __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys, c
     float product[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      product[k] = kSplit ? s[i].all(k)
-                          : (s[0].large[k] + s[1].large[k]) + (s[0].small[k] + s[1].small[k]);
+      product[k] =
+          kSplit ? s[i].all(k) : (s[0].large[k] + s[1].large[k]) + (s[0].small[k] + s[1].small[k]);
     weigh_products(product, w, weights, block, tile + i, lane);
   }
 }
@@ -182,8 +181,8 @@ __device__ __forceinline__ void load_values(WideValues &u, uint32_t tile, int pa
   for (int s = 0; s < kTokens / 8; ++s)
 #pragma unroll
     for (int k = 0; k < 4; ++k)  // eight channels on: two pieces; the next token: another row
-      u.v[s][k] = __uint_as_float(load_word((at ^ (k & 1) << 5 ^ (k >> 1) << 4) +
-                                            (8 * s + (k >> 1)) * kWideBytes));
+      u.v[s][k] = __uint_as_float(
+          load_word((at ^ (k & 1) << 5 ^ (k >> 1) << 4) + (8 * s + (k >> 1)) * kWideBytes));
 }
 
 // Y^T += U^T M^T, for half kHalf of the tokens.
@@ -235,8 +234,8 @@ __device__ __forceinline__ void multiply_state(MmaTile<kTokens> &y, const MmaSta
     }
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
-      const auto q = load_parts<Cut<4>>(
-          mixed(row + n / 2 * kPartTile + i * 8 * kPartBytes, mix, n % 2 * 4));
+      const auto q =
+          load_parts<Cut<4>>(mixed(row + n / 2 * kPartTile + i * 8 * kPartBytes, mix, n % 2 * 4));
 #pragma unroll
       for (int j = 0; j < 2; ++j) s[i].add(a[j], q, 2 * j);
     }
@@ -319,15 +318,16 @@ __device__ __forceinline__ void write_state_after(const MmaState<kN, true> &h, c
     }
     return float2{by[0], by[1]};
   };
-  multiply_values_keys<kN, true>(
-      h, u, keys, weight, exp2_fast(sum), token + 1, t.half, t.lane,
-      [&](int tile, const float (&v)[4]) {
+  multiply_values_keys<kN, true>(h, u, keys, weight, exp2_fast(sum), token + 1, t.half, t.lane,
+                                 [&](int tile, const float (&v)[4]) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int n = t.half * (kN / 2) + tile / 2 * 16 + h.column(tile & 1, q, k & 1);
-          if (t.has(k) && n < dstate) store_at(to, v[k], entry, t.head, t.p(k), n);
-        }
-      });
+                                   for (int k = 0; k < 4; ++k) {
+                                     const int n = t.half * (kN / 2) + tile / 2 * 16 +
+                                                   h.column(tile & 1, q, k & 1);
+                                     if (t.has(k) && n < dstate)
+                                       store_at(to, v[k], entry, t.head, t.p(k), n);
+                                   }
+                                 });
 }
 
 }  // namespace ssmk::cuda
