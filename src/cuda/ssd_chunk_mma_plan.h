@@ -127,7 +127,7 @@ inline int64_t mma_segment(const SsdChunkProblem &p, int slices, int tokens) {
   if (p.batch_invariant && packed) return 16 * tokens;
   const int64_t sequences = p.batch_invariant ? 1 : p.seqs.nseq;
   const int64_t blocks = p.nheads * slices;  // of a sequence
-  if (sequences == 0 || blocks * sequences * 4 > kBlocksAtOnce * 3) return 0;
+  if (sequences == 0 || blocks == 0 || blocks * sequences * 4 > kBlocksAtOnce * 3) return 0;
   const int64_t all = packed ? p.seqlen : p.seqlen * sequences;
   const int64_t wanted = kBlocksAtOnce / blocks;  // segments, of all sequences
   const int64_t chunks = ((all + wanted - 1) / wanted + tokens - 1) / tokens;
@@ -174,7 +174,8 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
 
 // Blocks are counted with 31 bits.
 inline const char *mma_grid_refuses(const SsdChunkProblem &p, const MmaPlan &plan) {
-  const int64_t most = 0x7fffffff / (p.nheads * plan.slices);  // of sequences and of their segments
+  // Of sequences and of their segments.
+  const int64_t most = 0x7fffffff / std::max<int64_t>(1, p.nheads * plan.slices);
   return plan.slots > most ? "too many sequences" : nullptr;
 }
 

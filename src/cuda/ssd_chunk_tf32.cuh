@@ -4,7 +4,7 @@
 // As ssd_chunk_mma.cuh, with chunks of 32 tokens and factors in three products
 // (ssd_chunk_tf32_products.cuh), so that results are those of float32.  A chunk takes two barriers:
 //
-//     S = Q K^T weighed to M        six warps have a tile each
+//     S = Q K^T weighed to M        tiles of 16 x 8 by some of the warps
 //     Y^T = h Q^T                   over half of the states a warp
 //     ---
 //     Y^T = e Y^T + U^T M^T         half of the tokens a warp; D, the gate
@@ -372,7 +372,7 @@ __device__ __forceinline__ void walk_wide(const SsdChunkProblem &p, const MmaPla
     if (next >= span.end) break;
     bring_values(next);
     // This chunk's stage, in other words: what stage() found earlier would wait in a register.
-    if (!kGroups) bring_keys(next + kTokens, (next - span.begin) / kTokens + 1 & 1);
+    if (!kGroups) bring_keys(next + kTokens, ((next - span.begin) / kTokens + 1) & 1);
   }
 
   t = lane_of(thread_number());
