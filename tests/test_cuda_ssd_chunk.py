@@ -49,12 +49,34 @@ def fields(dtype=F32, batch=2, seqlen=256, nheads=8, headdim=64, ngroups=1, dsta
 
 # The arguments of a call, the compute capability, the path that takes it and the reasons of others.
 # A path to come adds its name here to what it takes, and its reason to what it does not.
-WIDE = "mma: x is not of 16 bits; general"
+WIDE = "mma: x is not of 16 bits"
+TF32 = "tf32: x is not float32; general"
 NARROW = "wgmma: x is not of 16 bits"
 OTHER = "wgmma: needs compute capability 9.0"
 STATES = "wgmma: dstate is neither 64 nor 128"
 PATHS = {
-    "float32": (dict(), 90, f"{NARROW}; {WIDE}"),
+    "float32": (dict(), 90, f"{NARROW}; {WIDE}; tf32"),
+    "float32 on sm_80": (dict(), 80, f"{OTHER}; {WIDE}; tf32"),
+    "float32 on sm_75": (
+        dict(), 75,
+        f"{OTHER}; mma: the GPU is older than sm_80; tf32: the GPU is older than sm_80; general",
+    ),
+    "float32 on sm_86": (dict(), 86, f"{OTHER}; {WIDE}; tf32"),
+    "float32, odd sizes": (dict(headdim=20, dstate=36), 90, f"{NARROW}; {WIDE}; tf32"),
+    "float32, odd headdim": (
+        dict(headdim=18), 90,
+        f"{NARROW}; {WIDE}; tf32: headdim is below 16 or not a multiple of 4; general",
+    ),
+    "float32, odd dstate": (
+        dict(dstate=12), 90,
+        f"{NARROW}; {WIDE}; tf32: dstate is below 16 or not a multiple of 4; general",
+    ),
+    "float32, dstate 256": (
+        dict(dstate=256), 90, f"{NARROW}; {WIDE}; tf32: dstate is above 128; general"
+    ),
+    "float32 SISO": (
+        dict(has=("trap", "angles", "z")), 90, f"wgmma: Mamba-3; {WIDE}; tf32: Mamba-3; general"
+    ),
     "bfloat16": (dict(dtype=BF16), 90, "wgmma"),
     "float16": (dict(dtype=F16), 90, "wgmma"),
     "groups": (dict(dtype=BF16, ngroups=8), 90, "wgmma"),
@@ -62,12 +84,13 @@ PATHS = {
     "headdim 256": (dict(dtype=BF16, headdim=256), 90, "wgmma"),
     "bfloat16 on sm_80": (dict(dtype=BF16), 80, f"{OTHER}; mma"),
     "bfloat16 on sm_75": (
-        dict(dtype=BF16), 75, f"{OTHER}; mma: the GPU is older than sm_80; general"
+        dict(dtype=BF16), 75, f"{OTHER}; mma: the GPU is older than sm_80; "
+        "tf32: the GPU is older than sm_80; general",
     ),
     "bfloat16 on sm_86": (dict(dtype=BF16), 86, f"{OTHER}; mma"),
     "MIMO on sm_86": (
         dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 86,
-        f"{OTHER}; mma: too little shared memory; general",
+        f"{OTHER}; mma: too little shared memory; {TF32}",
     ),
     "SISO on sm_86": (
         dict(dtype=BF16, dstate=64, has=("trap", "angles", "z")), 86, f"{OTHER}; mma"
@@ -77,13 +100,13 @@ PATHS = {
     ),
     "odd headdim": (
         dict(dtype=BF16, headdim=7), 90,
-        "wgmma: headdim is not a multiple of 64; mma: headdim is not a multiple of 16; general",
+        f"wgmma: headdim is not a multiple of 64; mma: headdim is not a multiple of 16; {TF32}",
     ),
     "odd dstate": (
-        dict(dtype=BF16, dstate=33), 90, f"{STATES}; mma: dstate is not a multiple of 16; general"
+        dict(dtype=BF16, dstate=33), 90, f"{STATES}; mma: dstate is not a multiple of 16; {TF32}"
     ),
     "dstate 256": (
-        dict(dtype=BF16, dstate=256), 90, f"{STATES}; mma: dstate is above 128; general"
+        dict(dtype=BF16, dstate=256), 90, f"{STATES}; mma: dstate is above 128; {TF32}"
     ),
     "SISO": (dict(dtype=BF16, has=("trap", "angles", "z")), 90, "wgmma"),
     "SISO, half of the turns": (dict(dtype=F16, dstate=64, has=("angles",)), 90, "wgmma"),
@@ -98,16 +121,16 @@ PATHS = {
     "MIMO": (dict(dtype=BF16, rank=4, has=("trap", "angles", "mimo_out")), 90, "wgmma: MIMO; mma"),
     "rank 3": (
         dict(dtype=BF16, rank=3, has=("mimo_out",)), 90,
-        "wgmma: MIMO; mma: rank is not 1, 2, 4 or 8; general",
+        f"wgmma: MIMO; mma: rank is not 1, 2, 4 or 8; {TF32}",
     ),
     "few angles": (
         dict(dtype=BF16, dstate=16, has=("angles",)), 90,
-        "wgmma: nangles is not a multiple of 8; mma: nangles is not a multiple of 8; general",
+        f"wgmma: nangles is not a multiple of 8; mma: nangles is not a multiple of 8; {TF32}",
     ),
     "norm": (dict(dtype=BF16, has=("norm_weight",)), 90, "wgmma: norm; mma"),
     "norm of wide heads": (
         dict(dtype=BF16, headdim=128, has=("norm_weight",)), 90,
-        "wgmma: norm; mma: norm over a headdim above 64; general",
+        f"wgmma: norm; mma: norm over a headdim above 64; {TF32}",
     ),
 }
 
@@ -132,13 +155,22 @@ def test_rows_that_are_not_packed_take_the_general_path():
     path = path_of(Call("ssd_chunk", **{**call, "x": room}), 90)
     assert path == (
         "wgmma: strides or addresses are not multiples of 16 bytes; "
-        "mma: rows that are not packed in 16 bytes; general"
+        f"mma: rows that are not packed in 16 bytes; {TF32}"
     )
 
 
 @built
+def test_float32_rows_that_are_not_packed_take_the_general_path():
+    call = fields()
+    room = Tensor(np.empty((2, 256, 8, 66), F32)[..., :64])
+    room.c.data, room.c.device = call["x"].c.data, call["x"].c.device
+    path = path_of(Call("ssd_chunk", **{**call, "x": room}), 90)
+    assert path == f"{NARROW}; {WIDE}; tf32: rows that are not packed in 16 bytes; general"
+
+
+@built
 def test_workspace_queries_need_no_device():
-    assert Call("ssd_chunk", **fields()).workspace() == ("OK", "", 0)
+    assert Call("ssd_chunk", **fields(seqlen=100)).workspace() == ("OK", "", 0)
     # States that wait for their turn: a head with its norm is one block's.
     status, _, size = Call("ssd_chunk", **fields(headdim=512, has=("norm_weight",))).workspace()
     assert status == "OK" and size >= 2 * 8 * 512 * 128 * 4
@@ -149,6 +181,9 @@ def test_workspace_queries_need_no_device():
 ENTRIES = 9
 VARIANTS = {
     "float32": Ssd(3, 70, 4, 64, 128),
+    "float32, uneven": Ssd(2, 150, 6, 100, 36, 3, captures=9),
+    "float32, segments": Ssd(1, 700, 2, 64, 128, captures=5),
+    "float32, packed segments": Ssd(1, 900, 2, 64, 128, nseq=5, pool=ENTRIES),
     "bfloat16": Ssd(3, 70, 4, 64, 128, dtype=BF16),
     "groups, odd sizes": Ssd(3, 41, 6, 37, 19, 3, dtype=F16),
     "few states": Ssd(2, 200, 5, 96, 16, dtype=BF16),
@@ -176,7 +211,7 @@ VARIANTS = {
 variants = pytest.mark.parametrize("p", VARIANTS.values(), ids=VARIANTS)
 
 
-@pytest.fixture(params=["general", "mma", ""], ids=["general", "mma", "any path"])
+@pytest.fixture(params=["general", "mma", "tf32", ""], ids=["general", "mma", "tf32", "any path"])
 def path(request, monkeypatch):
     monkeypatch.setenv("SSMK_SSD_PATH", request.param)
     return request.param
@@ -361,7 +396,7 @@ def test_strided_tensors_give_the_bits_of_packed_ones(torch, rng, monkeypatch, p
 
 
 @variants
-@pytest.mark.parametrize("tensor_cores", ["mma", ""], ids=["mma", "best"])
+@pytest.mark.parametrize("tensor_cores", ["mma", "tf32", ""], ids=["mma", "tf32", "best"])
 def test_paths_agree(torch, rng, monkeypatch, p, tensor_cores):
     a = arguments(torch, rng, p)
     monkeypatch.setenv("SSMK_SSD_PATH", tensor_cores)

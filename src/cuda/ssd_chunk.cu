@@ -14,7 +14,7 @@ namespace ssmk::cuda {
 namespace {
 
 // The best first; the last one takes whatever the others leave.
-const SsdPath *const kPaths[] = {&kSsdWgmma, &kSsdMma, &kSsdGeneral};
+const SsdPath *const kPaths[] = {&kSsdWgmma, &kSsdMma, &kSsdTf32, &kSsdGeneral};
 
 const char *wanted_path() {
   const char *const name = std::getenv("SSMK_SSD_PATH");

@@ -124,6 +124,16 @@ __device__ __forceinline__ bool span_of(const SsdChunkProblem &p, const MmaPlan 
   return local == 0 || (local > 0 && local * plan.segment < size);
 }
 
+__device__ __forceinline__ HeadSlice slice_of(const SsdChunkProblem &p, int head, int slice) {
+  HeadSlice of;
+  of.slice = slice;
+  of.head = head;
+  of.group = of.head / int(p.nheads / p.ngroups);
+  of.channel = of.slice * kSlice;
+  of.channels = min(int(p.headdim) - of.channel, kSlice);
+  return of;
+}
+
 // What a block looks up from time to time: in shared memory, to leave the registers to the
 // products.
 struct BlockFacts {
@@ -134,6 +144,22 @@ struct BlockFacts {
   HeadSlice slice;
   MmaSpan span;
 };
+
+__device__ __forceinline__ BlockFacts facts_of(const SsdChunkProblem &p, const HeadSlice &of,
+                                               const MmaSpan &s) {
+  BlockFacts f;
+  f.B = p.B.at(s.row, 0, 0, of.group, 0);
+  f.C = p.C.at(s.row, 0, 0, of.group, 0);
+  f.x = p.x.at(s.row, 0, of.head, of.channel);
+  f.z = p.z.given() ? p.z.at(s.row, 0, of.head, of.channel) : nullptr;
+  f.angles = p.mamba3.nangles > 0 ? p.angles.at(s.row, 0, of.head, 0) : nullptr;
+  f.out = p.out.at(s.row, 0, 0, of.head, of.channel);
+  f.A = p.A.given() ? load_at(p.A, of.head) : 0;
+  f.bias = p.dt_bias.given() ? load_at(p.dt_bias, of.head) : 0;
+  f.slice = of;
+  f.span = s;
+  return f;
+}
 
 // What is known of the rows of a chunk.
 struct RowArrays {

@@ -11,6 +11,15 @@ namespace ssmk::cuda {
 // first such row of channel i.
 struct NotFinite {
   int from[2];
+
+  // With the threads that have the same channels.
+  __device__ __forceinline__ void join() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int off = 1; off < 4; off *= 2)
+        from[i] = min(from[i], __shfl_xor_sync(~0u, from[i], off));
+  }
 };
 
 template <class T>
@@ -33,11 +42,7 @@ __device__ __forceinline__ NotFinite set_apart(MmaValues &u, int lane) {
         if (!is_finite<T>(word & 0xffff0000u)) found.from[i] = row + 1, word &= 0xffffu;
         if (!is_finite<T>(word & 0xffffu)) found.from[i] = row, word &= 0xffff0000u;
       }
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int off = 1; off < 4; off *= 2)
-      found.from[i] = min(found.from[i], __shfl_xor_sync(~0u, found.from[i], off));
+  found.join();
   return found;
 }
 
@@ -52,12 +57,14 @@ __device__ __forceinline__ bool all_finite(const MmaValues &u) {
 }
 
 // What may see a value that is not finite is NaN.
-__device__ __forceinline__ void forbid(MmaHalf &y, const NotFinite &found, const MmaLane &t) {
+template <int kColumns>
+__device__ __forceinline__ void forbid(MmaTile<kColumns> &y, const NotFinite &found,
+                                       const MmaLane &t) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < kColumns / 8; ++i)
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (t.half * 32 + i * 8 + 2 * (t.lane & 3) + (k & 1) >= found.from[k >> 1])
+      if (t.half * kColumns + i * 8 + 2 * (t.lane & 3) + (k & 1) >= found.from[k >> 1])
         y.v[i][k] = __int_as_float(0x7fffffff);
 }
 
@@ -190,19 +197,32 @@ __device__ __forceinline__ void gate_ranks(const MmaHalf &y, bool gated, uint32_
   }
 }
 
+// Zeros for the tokens [begin, end).
+__device__ __forceinline__ void clear_rows(char *to, int64_t token, int64_t rank, int log_rank,
+                                           int begin, int end, int pieces, int thread) {
+#pragma unroll 1
+  for (int64_t i = thread; i < (int64_t(end - begin) << log_rank) * pieces; i += kTeam) {
+    const int64_t row = i / pieces;
+    *reinterpret_cast<uint4 *>(to + (begin + (row >> log_rank)) * token +
+                               (row & ((1 << log_rank) - 1)) * rank +
+                               i % pieces * 16) = {0, 0, 0, 0};
+  }
+}
+
 // The tile's first `rows` rows to memory; addresses as in bring_rows().
+template <int kPieces = 8, int kTo = kRows>
 __device__ __forceinline__ void store_rows(uint32_t tile, char *to, int64_t token, int64_t rank,
                                            int log_rank, int rows, int pieces, int thread) {
-  constexpr int kStep = kTeam / 8;
-  const int piece = thread & 7, first = thread >> 3;
+  constexpr int kStep = kTeam / kPieces, kBytes = kPieces * 16;
+  const int piece = thread % kPieces, first = thread / kPieces;
   to += (first >> log_rank) * token + (first & ((1 << log_rank) - 1)) * rank + piece * 16;
   const int64_t step = (kStep >> log_rank) * token;
-  uint4 v[kRows / kStep];
+  tile += piece_at(first, piece, kBytes);
+  uint4 v[kTo / kStep];
 #pragma unroll
-  for (int i = 0; i < kRows / kStep; ++i)
-    v[i] = load_four_words(tile + piece_at(first, piece, kSliceBytes) + i * kStep * kSliceBytes);
+  for (int i = 0; i < kTo / kStep; ++i) v[i] = load_four_words(tile + i * kStep * kBytes);
 #pragma unroll
-  for (int i = 0; i < kRows / kStep; ++i)
+  for (int i = 0; i < kTo / kStep; ++i)
     if (first + i * kStep < rows && piece < pieces)
       *reinterpret_cast<uint4 *>(to + i * step) = v[i];
 }

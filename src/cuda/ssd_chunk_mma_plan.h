@@ -127,12 +127,19 @@ inline int64_t mma_segment(const SsdChunkProblem &p, int slices, int tokens) {
   if (p.batch_invariant && packed) return 16 * tokens;
   const int64_t sequences = p.batch_invariant ? 1 : p.seqs.nseq;
   const int64_t blocks = p.nheads * slices;  // of a sequence
-  if (sequences == 0 || blocks * sequences * 4 > kBlocksAtOnce * 3) return 0;
+  if (sequences == 0 || blocks == 0 || blocks * sequences * 4 > kBlocksAtOnce * 3) return 0;
   const int64_t all = packed ? p.seqlen : p.seqlen * sequences;
   const int64_t wanted = kBlocksAtOnce / blocks;  // segments, of all sequences
   const int64_t chunks = ((all + wanted - 1) / wanted + tokens - 1) / tokens;
   const int64_t segment = std::max<int64_t>(chunks, 2) * tokens;
   return segment < p.seqlen ? segment : 0;
+}
+
+// Sequences, or segments of them; of packed ones each has as many as it may need.
+inline int64_t mma_slots(const SsdChunkProblem &p, int64_t segment) {
+  if (segment == 0) return p.seqs.nseq;
+  if (p.seqs.cu_seqlens.given()) return p.seqlen / segment + p.seqs.nseq;
+  return p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + segment - 1) / segment);
 }
 
 // `segment`: below 0 to be chosen.
@@ -149,12 +156,7 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
   if (plan.segment == 0 && plan.slices > 1 && shared)
     plan.segment = std::max<int64_t>(1, (p.seqlen + plan.tokens - 1) / plan.tokens) * plan.tokens;
   plan.prepared = plan.segment > 0;
-  plan.slots = p.seqs.nseq;
-  if (plan.prepared)
-    plan.slots =
-        p.seqs.cu_seqlens.given()
-            ? p.seqlen / plan.segment + p.seqs.nseq
-            : p.seqs.nseq * std::max<int64_t>(1, (p.seqlen + plan.segment - 1) / plan.segment);
+  plan.slots = mma_slots(p, plan.segment);
   plan.at = mma_shared_for(p, plan.tokens);
   plan.turn_cut = turn_cut_of(m.nangles, plan.tokens, kTeam);
   plan.B_token = p.B.stride[1] * 2, plan.B_rank = p.B.stride[2] * 2;
@@ -163,6 +165,13 @@ inline MmaPlan mma_plan(const SsdChunkProblem &p, int64_t segment = -1) {
   plan.out_token = p.out.stride[1] * 2, plan.out_rank = p.out.stride[2] * 2;
   if (p.angles.given()) plan.angles_token = p.angles.stride[1] * size_of(p.angles.dtype);
   return plan;
+}
+
+// Blocks are counted with 31 bits.
+inline const char *mma_grid_refuses(const SsdChunkProblem &p, const MmaPlan &plan) {
+  // Of sequences and of their segments.
+  const int64_t most = 0x7fffffff / std::max<int64_t>(1, p.nheads * plan.slices);
+  return plan.slots > most ? "too many sequences" : nullptr;
 }
 
 // The workspace, cut up.

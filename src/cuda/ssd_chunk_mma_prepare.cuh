@@ -24,6 +24,13 @@ __device__ __forceinline__ TokenBits read_token(const SsdChunkProblem &p, int64_
   return b;
 }
 
+__device__ __forceinline__ double log2_decay(double decay) {
+  return (decay < -kLogDecayLimit  ? -kLogDecayLimit
+          : decay > kLogDecayLimit ? kLogDecayLimit
+                                   : decay) *
+         1.4426950408889634074;
+}
+
 // A chunk's rows are prepared in three steps, while the chunk before is computed.  First thread i
 // of some: token i of the `tokens` of the chunk, or the one after them if the sequence goes on.
 __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const TokenBits &b,
@@ -40,11 +47,8 @@ __device__ __forceinline__ void prepare_token(TokenTerms &to, float *dts, const 
   }
   to.share[i] = share;
   if (i >= chunk_tokens) return;
-  double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
-  decay = decay < -kLogDecayLimit  ? -kLogDecayLimit
-          : decay > kLogDecayLimit ? kLogDecayLimit
-                                   : decay;
-  to.decay[i] = own ? decay * 1.4426950408889634074 : 0.0;
+  const double decay = p.adt.given() ? double(value_of(b.adt, p.adt.dtype)) : double(dt) * head.A;
+  to.decay[i] = own ? log2_decay(decay) : 0.0;
   to.now[i] = own ? now : 0.0f;
   dts[i] = own ? dt : 0.0f;
 }

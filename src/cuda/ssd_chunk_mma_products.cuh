@@ -9,9 +9,14 @@
 namespace ssmk::cuda {
 
 // Sums of a warp.
-template <int kN>
+template <int kN, bool kPaired = false>
 struct MmaState {
   float v[kN / 16][4];  // 16 channels by kN / 2 states
+
+  // Which of 16 states column 2 q + e of tile j of two has.
+  __device__ __forceinline__ static int column(int j, int q, int e) {
+    return 8 * j + (kPaired ? 4 * e + q : 2 * q + e);
+  }
 };
 template <int kColumns>
 struct MmaTile {

@@ -58,7 +58,7 @@ __device__ __forceinline__ uint32_t turns_before(const SsdChunkProblem &p, const
 
 // The workspace has what segments add to the state, and gets the states before them.  A thread has
 // four states: those of a fragment.
-template <int kN>
+template <int kN, bool kPaired = false>
 __global__ void __launch_bounds__(256)
     mma_starts(const __grid_constant__ SsdChunkProblem p, const __grid_constant__ MmaPlan plan) {
   wait_for_previous();
@@ -72,13 +72,16 @@ __global__ void __launch_bounds__(256)
   if (!span_of(p, plan, index, &s) || s.pad) return;
   const int lane = thread & 31;
   const int c[2] = {slice * kSlice + thread / 32 % 4 * 16 + (lane >> 2), c[0] + 8};
-  const int n = thread / 128 * (kN / 2) + tile * 8 + 2 * (lane & 3);
+  const int n0 = thread / 128 * (kN / 2) + tile / 2 * 16;
+  const auto n = [&](int k) {
+    return n0 + MmaState<kN, kPaired>::column(tile & 1, lane & 3, k & 1);
+  };
   float h[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const bool there = s.has_initial && c[k >> 1] < p.headdim && n + (k & 1) < p.dstate;
-    h[k] = there && p.initial.h.given() ? load_at(p.initial.h, s.slot, head, c[k >> 1], n + (k & 1))
-                                        : 0.0f;
+    const bool there = s.has_initial && c[k >> 1] < p.headdim && n(k) < p.dstate;
+    h[k] =
+        there && p.initial.h.given() ? load_at(p.initial.h, s.slot, head, c[k >> 1], n(k)) : 0.0f;
   }
   if (s.has_initial && p.trap.given() && p.initial.k.given() && p.initial.v.given() &&
       s.seq_begin < s.seq_end) {
@@ -86,10 +89,10 @@ __global__ void __launch_bounds__(256)
     for (int r = 0; r < p.mamba3.rank; ++r)
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        if (c[k >> 1] < p.headdim && n + (k & 1) < p.dstate) {
+        if (c[k >> 1] < p.headdim && n(k) < p.dstate) {
           float u = load_at(p.initial.v, s.slot, head, c[k >> 1]) * share;
           if (p.mamba3.mimo_x.given()) u *= load_at(p.mamba3.mimo_x, head, r, c[k >> 1]);
-          h[k] = fmaf(u, load_at(p.initial.k, s.slot, r, head, n + (k & 1)), h[k]);
+          h[k] = fmaf(u, load_at(p.initial.k, s.slot, r, head, n(k)), h[k]);
         }
   }
   const int64_t segments = s.seq_end - s.seq_begin > plan.segment

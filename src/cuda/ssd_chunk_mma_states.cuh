@@ -27,8 +27,8 @@ struct MmaThread : MmaLane, HeadSlice {
   __device__ __forceinline__ bool has(int k) const { return own() + (k < 2 ? 0 : 8) < channels; }
 };
 
-template <int kN>
-__device__ __forceinline__ void clear(MmaState<kN> &h) {
+template <int kN, bool kPaired>
+__device__ __forceinline__ void clear(MmaState<kN, kPaired> &h) {
 #pragma unroll
   for (int n = 0; n < kN / 16; ++n)
 #pragma unroll
@@ -37,9 +37,10 @@ __device__ __forceinline__ void clear(MmaState<kN> &h) {
 
 // The caller's tensors have any dtype and strides: registers and memory meet in shared memory, 16
 // states of a warp's 16 channels at a time.  `area`: kAreaFloats for each warp.
-template <int kN>
-__device__ __forceinline__ void read_state(MmaState<kN> &h, const View<4> &from, int64_t entry,
-                                           const MmaThread &t, int dstate, float *area) {
+template <int kN, bool kPaired>
+__device__ __forceinline__ void read_state(MmaState<kN, kPaired> &h, const View<4> &from,
+                                           int64_t entry, const MmaThread &t, int dstate,
+                                           float *area) {
   const int g = t.lane >> 2, q = t.lane & 3, first = t.half * (kN / 2);
   area += t.thread / 32 * kAreaFloats;
 #pragma unroll
@@ -56,14 +57,15 @@ __device__ __forceinline__ void read_state(MmaState<kN> &h, const View<4> &from,
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        h.v[n0 / 8 + j][k] = area[(g + (k >> 1) * 8) * kAreaStride + j * 8 + 2 * q + (k & 1)];
+        h.v[n0 / 8 + j][k] = area[(g + (k >> 1) * 8) * kAreaStride + h.column(j, q, k & 1)];
     __syncwarp();
   }
 }
 
-template <int kN>
-__device__ __forceinline__ void write_state(const MmaState<kN> &h, const View<4> &to, int64_t entry,
-                                            const MmaThread &t, int dstate, float *area) {
+template <int kN, bool kPaired>
+__device__ __forceinline__ void write_state(const MmaState<kN, kPaired> &h, const View<4> &to,
+                                            int64_t entry, const MmaThread &t, int dstate,
+                                            float *area) {
   const int g = t.lane >> 2, q = t.lane & 3, first = t.half * (kN / 2);
   area += t.thread / 32 * kAreaFloats;
 #pragma unroll
@@ -73,7 +75,7 @@ __device__ __forceinline__ void write_state(const MmaState<kN> &h, const View<4>
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        area[(g + (k >> 1) * 8) * kAreaStride + j * 8 + 2 * q + (k & 1)] = h.v[n0 / 8 + j][k];
+        area[(g + (k >> 1) * 8) * kAreaStride + h.column(j, q, k & 1)] = h.v[n0 / 8 + j][k];
     __syncwarp();
 #pragma unroll 1
     for (int i = t.lane >> 4; i < 16; i += 2)
@@ -90,16 +92,16 @@ __device__ __forceinline__ float4 *kept_state(const SsdChunkProblem &p, const Mm
   const int64_t at = (index * p.nheads + t.head) * plan.slices + t.slice;
   return reinterpret_cast<float4 *>(plan.states) + at * (kN / 16 * kTeam) + t.thread;
 }
-template <int kN>
-__device__ __forceinline__ void read_kept(MmaState<kN> &h, const float4 *from) {
+template <int kN, bool kPaired>
+__device__ __forceinline__ void read_kept(MmaState<kN, kPaired> &h, const float4 *from) {
 #pragma unroll
   for (int n = 0; n < kN / 16; ++n) {
     const float4 v = from[n * kTeam];
     h.v[n][0] = v.x, h.v[n][1] = v.y, h.v[n][2] = v.z, h.v[n][3] = v.w;
   }
 }
-template <int kN>
-__device__ __forceinline__ void keep_state(const MmaState<kN> &h, float4 *to) {
+template <int kN, bool kPaired>
+__device__ __forceinline__ void keep_state(const MmaState<kN, kPaired> &h, float4 *to) {
 #pragma unroll
   for (int n = 0; n < kN / 16; ++n) to[n * kTeam] = {h.v[n][0], h.v[n][1], h.v[n][2], h.v[n][3]};
 }

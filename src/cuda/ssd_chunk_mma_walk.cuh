@@ -53,13 +53,9 @@ __global__ void __launch_bounds__(kTeam, 2)
   t.lane = t.thread & 31;
   t.pair = t.thread >> 5 & 3;
   t.half = t.thread >> 7;
-  HeadSlice of;
   const unsigned unit = blockIdx.x / unsigned(plan.slices);
-  of.slice = int(blockIdx.x % unsigned(plan.slices));
-  of.head = int(unit % unsigned(p.nheads));
-  of.group = of.head / int(p.nheads / p.ngroups);
-  of.channel = of.slice * kSlice;
-  of.channels = min(int(p.headdim) - of.channel, kSlice);
+  const HeadSlice of =
+      slice_of(p, int(unit % unsigned(p.nheads)), int(blockIdx.x % unsigned(plan.slices)));
   MmaSpan s;
   if (!span_of(p, plan, unit / unsigned(p.nheads), &s)) return;
   if (plan.states_only && (s.last || s.pad)) return;
@@ -77,16 +73,9 @@ __global__ void __launch_bounds__(kTeam, 2)
   float *const area = reinterpret_cast<float *>(own.weights);  // for states: free between chunks
   int *const found = &own.found;
 
-  char *const out_at = p.out.at(s.row, 0, 0, of.head, of.channel);
   if (s.pad) {
-    const int rows_each = 1 << out_log_rank, pieces_here = of.channels / 8;
-#pragma unroll 1
-    for (int64_t i = t.thread; i < int64_t(s.end - s.begin) * rows_each * pieces_here; i += kTeam) {
-      const int64_t row = i / pieces_here;
-      *reinterpret_cast<uint4 *>(out_at + (s.begin + row / rows_each) * plan.out_token +
-                                 row % rows_each * plan.out_rank +
-                                 i % pieces_here * 16) = {0, 0, 0, 0};
-    }
+    clear_rows(p.out.at(s.row, 0, 0, of.head, of.channel), plan.out_token, plan.out_rank,
+               out_log_rank, s.begin, s.end, of.channels / 8, t.thread);
     return;
   }
   if (s.begin == s.end) {  // a sequence without tokens
@@ -98,18 +87,7 @@ __global__ void __launch_bounds__(kTeam, 2)
   // What does not change from chunk to chunk.
   BlockFacts *const facts = &own.facts;
   if (t.thread == 0) {
-    BlockFacts f;
-    f.B = p.B.at(s.row, 0, 0, of.group, 0);
-    f.C = p.C.at(s.row, 0, 0, of.group, 0);
-    f.x = p.x.at(s.row, 0, of.head, of.channel);
-    f.z = p.z.given() ? p.z.at(s.row, 0, of.head, of.channel) : nullptr;
-    f.angles = nangles > 0 ? p.angles.at(s.row, 0, of.head, 0) : nullptr;
-    f.out = out_at;
-    f.A = p.A.given() ? load_at(p.A, of.head) : 0;
-    f.bias = p.dt_bias.given() ? load_at(p.dt_bias, of.head) : 0;
-    f.slice = of;
-    f.span = s;
-    *facts = f;
+    *facts = facts_of(p, of, s);
     own.decays = 0;
   }
   __syncthreads();

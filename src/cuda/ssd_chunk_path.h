@@ -20,6 +20,8 @@ struct SsdPath {
 extern const SsdPath kSsdWgmma;
 // 16-bit inputs on tensor cores.
 extern const SsdPath kSsdMma;
+// float32 inputs of Mamba-2 on tensor cores.
+extern const SsdPath kSsdTf32;
 // Takes every call.
 extern const SsdPath kSsdGeneral;
 
