@@ -44,7 +44,9 @@
  *   factor gives NaN.  There ssd_chunk of 16-bit inputs is matrix products, too: their factors (the
  *   states, the decayed products C B^T, the weighted x, rotated keys and queries) are rounded to the
  *   inputs' dtype, sums and the states that are carried on are float32, and a NaN or infinity in x
- *   may reach the outputs of up to 63 tokens before it in its own sequence.
+ *   may reach the outputs of up to 63 tokens before it in its own sequence.  Of float32 inputs it may
+ *   be matrix products whose factors are sums of two TF32 values: errors stay those of float32, what
+ *   is infinite in a factor gives NaN, and nothing reaches an earlier token.
  *
  * Words used below.
  *   batch rows, seqlen tokens, T tokens of one decode call, dim channels, nheads, headdim, ngroups,

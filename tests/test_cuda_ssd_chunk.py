@@ -75,7 +75,7 @@ PATHS = {
         dict(dstate=256), 90, f"{NARROW}; {WIDE}; tf32: dstate is above 128; general"
     ),
     "float32 SISO": (
-        dict(has=("trap", "angles", "z")), 90, f"wgmma: Mamba-3; {WIDE}; tf32: Mamba-3; general"
+        dict(has=("trap", "angles", "z")), 90, f"{NARROW}; {WIDE}; tf32: Mamba-3; general"
     ),
     "bfloat16": (dict(dtype=BF16), 90, "wgmma"),
     "float16": (dict(dtype=F16), 90, "wgmma"),

@@ -264,21 +264,21 @@ __global__ void __launch_bounds__(kTeam, 2)
       if (nangles > 0) {
         const TurnCut &cut = plan.turn_cut;
         sum_turns<4>(cut, shared + at.angles, p.angles.dtype, nangles, rows.dt,
-                  shared_address(own.weights), own.totals, t.thread);
+                     shared_address(own.weights), own.totals, t.thread);
         __syncthreads();
-        const TurnBase base = turn_base(cut, nangles, own.totals, carried(parity),
-                                        carried(parity ^ 1), t.thread);
+        const TurnBase base =
+            turn_base(cut, nangles, own.totals, carried(parity), carried(parity ^ 1), t.thread);
         if (m.rotary_half)
           turn_keys<T, KeyRows<kN>, kRanks, true, 4>(cut, tiles, int(p.dstate), nangles, log_rank,
-                                                  shared_address(own.weights), base, bias,
-                                                  t.thread);
+                                                     shared_address(own.weights), base, bias,
+                                                     t.thread);
         else
           turn_keys<T, KeyRows<kN>, kRanks, false, 4>(cut, tiles, int(p.dstate), nangles, log_rank,
-                                                   shared_address(own.weights), base, bias,
-                                                   t.thread);
+                                                      shared_address(own.weights), base, bias,
+                                                      t.thread);
       }
-      copy_keys<T, KeyRows<kN>, kRanks, 2>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank, bias,
-                               t.thread, kTeam);
+      copy_keys<T, KeyRows<kN>, kRanks, 2>(tiles, int(p.dstate), nangles, m.rotary_half, log_rank,
+                                           bias, t.thread, kTeam);
       if (kRanks)
         spread_values<T>(shared_address(own.x), shared + at.u, floats(at.mimo), log_rank, t.thread);
       __syncthreads();

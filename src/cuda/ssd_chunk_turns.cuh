@@ -2,7 +2,7 @@
 // What Mamba-3 adds to prefill on tensor cores: angles, keys and queries turned by them, the angle,
 // k and v states.
 //
-// Angles are 31 bits of a turn, and whether they are not finite as the lowest bit of the word.  Sums
+// Angles are 31 bits of a turn, and whether they are not finite as the lowest bit of the word. Sums
 // of them are exact, so a sequence may be cut anywhere.
 #pragma once
 
@@ -312,10 +312,10 @@ __device__ __forceinline__ void copy_keys(const KeyTiles &tiles, int dstate, int
 // ---- What else a head carries, at the end: written by some threads
 
 // Copies the states where no token changed them.
-__device__ __forceinline__ void pass_states(const SsdChunkProblem &p, bool has_initial, int64_t slot,
-                                            const HeadSlice &s, const HeadStates &from,
-                                            const HeadStates &to, int64_t entry, int thread,
-                                            int threads) {
+__device__ __forceinline__ void pass_states(const SsdChunkProblem &p, bool has_initial,
+                                            int64_t slot, const HeadSlice &s,
+                                            const HeadStates &from, const HeadStates &to,
+                                            int64_t entry, int thread, int threads) {
   const auto value = [&](const auto &v, auto... i) {
     return has_initial && v.given() ? load_at(v, i...) : 0.0f;
   };

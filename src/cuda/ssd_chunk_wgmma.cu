@@ -24,8 +24,7 @@ struct Roles {
   static constexpr int kOwner = kTurns ? 176 : kHeads == 1 ? 208 : kHeads == 2 ? 184 : 144;
   static constexpr int kScores = !kOutputs ? 0 : kTurns ? 88 : 96;
   static constexpr int kTurner = 80;
-  static constexpr int kBringer =
-      kTurns ? 56 : kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
+  static constexpr int kBringer = kTurns ? 56 : kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
 };
 
 template <class T, int kStates, int kHeads, int kMode>
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(Roles<kHeads, kMode>::kAll *kWarpgroup, 1)
   const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
   char *const generic = raw + (shared - shared_address(raw));
   const FusedShared<kStates, kHeads, kMode> at(plan.stages, kOutputs && p.z.given(),
-                                                Roles::kTurns ? TurnerPlaces(p).bytes : 0);
+                                               Roles::kTurns ? TurnerPlaces(p).bytes : 0);
   const int role = __shfl_sync(~0u, int(threadIdx.x / kWarpgroup), 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < at.stages; ++i) {
@@ -55,8 +54,7 @@ __global__ void __launch_bounds__(Roles<kHeads, kMode>::kAll *kWarpgroup, 1)
       gate_make(shared + at.product_gates(0) + i * 16 + 8, 4);
     }
     gate_make(shared + at.cut_gate(), 1);
-    for (int i = 0; Roles::kTurns && i < at.stages; ++i)
-      gate_make(shared + at.ready_gate(i), 4);
+    for (int i = 0; Roles::kTurns && i < at.stages; ++i) gate_make(shared + at.ready_gate(i), 4);
     for (int i = 0; Roles::kTurns && i < 2; ++i) gate_make(shared + at.carry_gate(i), 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -341,7 +339,8 @@ const char *refuses_mamba3(const SsdChunkProblem &p) {
   if (p.ncaptures > 0) return "Mamba-3 with captured states";
   if (p.headdim != kSlice) return "Mamba-3 with a headdim other than 64";
   if (m.nangles % 8) return "nangles is not a multiple of 8";
-  if (m.nangles > 0 && !packs_along(p.angles, 3, 16)) return "angles that are not packed in 16 bytes";
+  if (m.nangles > 0 && !packs_along(p.angles, 3, 16))
+    return "angles that are not packed in 16 bytes";
   // Sequences are not cut here.
   constexpr int64_t kFew = 16, kLong = 32 * kChunk;
   if (p.nheads * (p.batch_invariant ? 1 : p.seqs.nseq) < kFew &&

@@ -150,9 +150,9 @@ __device__ __forceinline__ int slice_of(const FusedPlan &plan, const Piece &w, i
 // What is per token of a chunk, for one head.  Decays are log2 of what is left of a state.
 struct alignas(16) TokenValues {
   float2 decay[kChunk];       // from the chunk's start; and dt'
-  float grown[kChunk];              // 2^ the first
-  float weight[kChunk];             // dt' times what is left at the chunk's end
-  float near[kChunk];               // dt' times what is left at the end of the token's eight
+  float grown[kChunk];        // 2^ the first
+  float weight[kChunk];       // dt' times what is left at the chunk's end
+  float near[kChunk];         // dt' times what is left at the end of the token's eight
   float same[kChunk];         // Mamba-3: for the token itself, in place of dt'
   float dt[kChunk];           // dt' itself; in Mamba-3 the above is a token's weight for later ones
   float eighths[kChunk / 8];  // decay at the ends of the eights
@@ -177,7 +177,8 @@ struct FusedShared {
   static constexpr int kSide = kStates / 64 * kTile;  // bytes of B, or C
   static constexpr int kValues = kOutputs ? 2 * kSide : kSide;
   // Warps that read a stage, and what is per token of a part.
-  static constexpr int kStageReaders = 4 * (kHeads + kOutputs), kValuesReaders = 4 * (1 + kOutputs + kTurns);
+  static constexpr int kStageReaders = 4 * (kHeads + kOutputs),
+                       kValuesReaders = 4 * (1 + kOutputs + kTurns);
   int stages, stage, turner_bytes;
 
   __host__ __device__ FusedShared(int stages, bool has_z, int turner_bytes)

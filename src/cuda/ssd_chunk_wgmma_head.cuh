@@ -10,8 +10,8 @@ namespace ssmk::cuda {
 template <class T, int kStates, int kHeads, int kMode>
 struct HeadOwner : HeldState<kStates, kHeads, kMode> {
   using Held = HeldState<kStates, kHeads, kMode>;
-  using Held::at, Held::kOutputs, Held::h, Held::here, Held::kHeld, Held::p, Held::part, Held::place, Held::plan,
-      Held::shared, Held::thread;
+  using Held::at, Held::kOutputs, Held::h, Held::here, Held::kHeld, Held::p, Held::part,
+      Held::place, Held::plan, Held::shared, Held::thread;
   const TileSource &out_to;
   char *generic;        // the shared memory
   Place values, made;   // of what is per token; of M

@@ -42,8 +42,8 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, kMode> {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       d.rows[k] = shared_float(v + offsetof(TokenValues, decay) + (l.row + 8 * k) * 8);
-      d.own[k] = shared_float4(v + offsetof(TokenValues, decay) +
-                               (16 * l.warp + 8 * k + l.column) * 8);
+      d.own[k] =
+          shared_float4(v + offsetof(TokenValues, decay) + (16 * l.warp + 8 * k + l.column) * 8);
     }
 #pragma unroll
     for (int b = 0; b < 8; b += 4) {
@@ -53,8 +53,8 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, kMode> {
     if constexpr (kMode == kSiso)
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        d.same[k] = shared_float2(v + offsetof(TokenValues, same) +
-                                  (16 * l.warp + 8 * k + l.column) * 4);
+        d.same[k] =
+            shared_float2(v + offsetof(TokenValues, same) + (16 * l.warp + 8 * k + l.column) * 4);
     load_columns(d.near, v + offsetof(TokenValues, near), l);
   }
 
@@ -81,8 +81,8 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, kMode> {
         first = l.column == i ? d.same[k].x : first;
         second = l.column + 1 == i ? d.same[k].y : second;
       }
-      diagonal[k] = pack_two<T>(l.column > i ? 0.0f : s[0] * first,
-                                l.column + 1 > i ? 0.0f : s[1] * second);
+      diagonal[k] =
+          pack_two<T>(l.column > i ? 0.0f : s[0] * first, l.column + 1 > i ? 0.0f : s[1] * second);
     }
     to += l.products;
 #pragma unroll
@@ -110,8 +110,7 @@ struct ScoreMaker : ChunkReader<kStates, kHeads, kMode> {
       t += this->next_note(place, t, w.end) & kTokensMask;
       multiply(S, this->tiles(place.stage));
       Decays decays;
-      load(decays, this->token_values(Place::of(given[0], kValuesPlaces), 0),
-           Lane(afresh(thread)));
+      load(decays, this->token_values(Place::of(given[0], kValuesPlaces), 0), Lane(afresh(thread)));
       products_wait<0>();
       settle(S);
       this->free_stage();

@@ -65,7 +65,8 @@ struct KeyTurner {
 #pragma unroll 1
     for (int i = thread; i < kChunk * pieces; i += kWarpgroup) {
       const int row = i / pieces, piece = i % pieces;
-      copy_ahead_if(row < tokens, to + i * 16, from + (row < tokens ? row * token : 0) + piece * 16);
+      copy_ahead_if(row < tokens, to + i * 16,
+                    from + (row < tokens ? row * token : 0) + piece * 16);
     }
     end_copies();
   }
@@ -93,13 +94,15 @@ struct KeyTurner {
   }
 
   // A chunk whose tiles are in the stage.
-  __device__ __forceinline__ void turn(const TurnerPlaces &places, uint32_t stage, uint32_t chunk) const {
+  __device__ __forceinline__ void turn(const TurnerPlaces &places, uint32_t stage,
+                                       uint32_t chunk) const {
     const Mamba3 &m = p.mamba3;
     const int nangles = int(m.nangles);
     char *const base = generic + at.turner();
     const float *const bias = reinterpret_cast<const float *>(base + places.bias);
     const KeyTiles tiles = {stage, stage + at.kSide, stage, stage + at.kSide, true};
-    copy_keys<T, Rows, false, 1>(tiles, kStates, nangles, m.rotary_half, 0, bias, thread, kWarpgroup);
+    copy_keys<T, Rows, false, 1>(tiles, kStates, nangles, m.rotary_half, 0, bias, thread,
+                                 kWarpgroup);
     if (nangles == 0) return;
     const TurnCut &cut = plan.turn_cut;
     uint32_t *const totals =
@@ -114,10 +117,11 @@ struct KeyTurner {
     if ((thread & 31) == 0) gate_arrive(shared + at.carry_gate(parity ^ 1));
     const uint32_t turns = shared + at.turner() + places.turns + own * kChunk * nangles * 4;
     if (m.rotary_half)
-      turn_keys<T, Rows, false, true, kBatch>(cut, tiles, kStates, nangles, 0, turns, before, bias, thread);
+      turn_keys<T, Rows, false, true, kBatch>(cut, tiles, kStates, nangles, 0, turns, before, bias,
+                                              thread);
     else
       turn_keys<T, Rows, false, false, kBatch>(cut, tiles, kStates, nangles, 0, turns, before, bias,
-                                       thread);
+                                               thread);
   }
 
   __device__ __forceinline__ void walk(const Piece &w) {
@@ -146,12 +150,12 @@ struct KeyTurner {
         wait_for_all_but<0>();
         meet(kBarrier + own, kWarpgroup);
         sum_turns<kBatch>(plan.turn_cut, angles, p.angles.dtype, nangles,
-                  reinterpret_cast<const float *>(generic + at.values(0, values.stage) +
-                                                  offsetof(TokenValues, dt)),
-                  mine + places.turns + own * kChunk * nangles * 4,
-                  reinterpret_cast<uint32_t *>(generic + at.turner() + places.totals) +
-                      own * 2 * kWarpgroup,
-                  thread);
+                          reinterpret_cast<const float *>(generic + at.values(0, values.stage) +
+                                                          offsetof(TokenValues, dt)),
+                          mine + places.turns + own * kChunk * nangles * 4,
+                          reinterpret_cast<uint32_t *>(generic + at.turner() + places.totals) +
+                              own * 2 * kWarpgroup,
+                          thread);
         meet(kBarrier + own, kWarpgroup);
         ask(t + 2 * kChunk);
       }
