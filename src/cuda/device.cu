@@ -18,6 +18,17 @@ ssmk_status device_error(const Call &call, const char *what, cudaError_t error) 
               cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
+ssmk_status compute_capability(const Call &call, int *capability) {
+  int major = 0, minor = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
+  if (error != cudaSuccess) return device_error(call, "asking about", error);
+  *capability = 10 * major + minor;
+  return SSMK_OK;
+}
+
 OnDevice::OnDevice(const Call &call) {
   int current = -1;
   cudaError_t error = cudaGetDevice(&current);

@@ -12,6 +12,9 @@ namespace ssmk::cuda {
 // that the next call starts afresh; after one that lost the device every call reports it.
 ssmk_status device_error(const Call &, const char *what, cudaError_t);
 
+// 10 times the major number of the device's compute capability, and the minor one.
+ssmk_status compute_capability(const Call &, int *);
+
 // Makes the call's device current for as long as it lives.
 class OnDevice {
  public:

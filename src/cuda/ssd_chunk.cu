@@ -25,16 +25,12 @@ const char *wanted_path() {
 
 ssmk_status ssd_chunk(const SsdChunkProblem &p, const Call &call) {
   if (p.seqs.nseq == 0 || p.nheads == 0) return SSMK_OK;
-  int major = 0, minor = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
-  if (error != cudaSuccess) return device_error(call, "asking about", error);
+  int capability = 0;
+  if (const ssmk_status status = compute_capability(call, &capability)) return status;
   const char *const wanted = wanted_path();
   for (const SsdPath *path : kPaths) {
     if (wanted && std::strcmp(wanted, path->name)) continue;
-    const char *const why = path->refuses(p, 10 * major + minor);
+    const char *const why = path->refuses(p, capability);
     if (!why) return path->run(p, call);
     if (wanted)
       return fail(SSMK_UNSUPPORTED, "%s: SSMK_SSD_PATH: %s does not take this call: %s", call.op,

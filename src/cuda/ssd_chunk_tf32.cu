@@ -77,13 +77,9 @@ ssmk_status run_kind(const SsdChunkProblem &p, const Call &call) {
 
 ssmk_status run(const SsdChunkProblem &p, const Call &call) {
 #if defined(SSMK_SM_90A)
-  int major = 0, minor = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, call.device);
-  if (error != cudaSuccess) return device_error(call, "asking about", error);
-  if (has_groups(p, 10 * major + minor)) return run_kind<true, false>(p, call);
+  int capability = 0;
+  if (const ssmk_status status = compute_capability(call, &capability)) return status;
+  if (has_groups(p, capability)) return run_kind<true, false>(p, call);
 #endif
   return p.captured.h.given() ? run_kind<false, true>(p, call) : run_kind<false, false>(p, call);
 }

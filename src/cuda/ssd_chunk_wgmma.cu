@@ -14,6 +14,8 @@
 namespace ssmk::cuda {
 namespace {
 
+constexpr int kTurnerRegisters = 80;
+
 // Warpgroups: one a head, that for the products within chunks, for Mamba-3 two that turn keys and
 // queries, and that which brings.
 template <int kHeads, int kMode>
@@ -23,7 +25,6 @@ struct Roles {
   // Registers of their threads, together at most 512; 480 with five warpgroups.
   static constexpr int kOwner = kTurns ? 176 : kHeads == 1 ? 208 : kHeads == 2 ? 184 : 144;
   static constexpr int kScores = !kOutputs ? 0 : kTurns ? 88 : 96;
-  static constexpr int kTurner = 80;
   static constexpr int kBringer = kTurns ? 56 : kHeads == 1 ? 88 : 512 - kHeads * kOwner - kScores;
 };
 
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(Roles<kHeads, kMode>::kAll *kWarpgroup, 1)
     }
   } else if (Roles::kTurns && role < kHeads + 3) {
     if constexpr (Roles::kTurns) {
-      give_registers<Roles::kTurner>();
+      give_registers<kTurnerRegisters>();
       KeyTurner<T, kStates, kHeads, kMode> keys = {
           p, plan, at, shared, generic, thread_number() % kWarpgroup, role - kHeads - 1};
       each_piece<kHeads>(p, plan, [&](const Piece &w) { keys.walk(w); });
