@@ -209,8 +209,8 @@ bool is_mamba3(const SsdChunkProblem &p) {
   return p.mamba3.any() || p.trap.given() || p.angles.given();
 }
 
-// Found by measuring on one H200 (docs/measurements_gpu.md): a chunk takes two heads 1.5 times as
-// long as one; the launches for segments pay from 256 chunks on.
+// Found by measuring on one H200 (docs/measurements_gpu.md): a chunk takes two heads 1.6 times as
+// long as one; the launches for segments pay from 128 chunks on.
 Cut cut_of(const SsdChunkProblem &p) {
   constexpr int64_t kLong = 128, kShort = 16, kShortest = 32;  // chunks; the last of a segment
   Cut c;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Mamba-2 prefill on Hopper's tensor cores, in one pass (Dao and Gu 2024, section 6).
+// Mamba-2 prefill on Hopper's tensor cores, in one pass (Dao and Gu 2024, section 6), and Mamba-3's
+// (SISO), where B and C are first made keys and queries (ssd_chunk_wgmma_turner.cuh).
 //
 // A block owns up to kHeads heads of one group (or 64-wide slices of heads, where headdim is
 // larger) and walks the tokens of a sequence in chunks of 64.  One warpgroup brings the chunks to

@@ -161,6 +161,7 @@ struct TokenPreparer {
       if (kMode == kSiso && p.trap.given()) ask(traps, p.trap, row, head, t, end);
     }
   };
+
   // left: tokens from the chunk's first to the end of the sequence.
   __device__ __forceinline__ Tokens tokens_of(const Inputs &from, int tokens, int left) const {
     Tokens v;
