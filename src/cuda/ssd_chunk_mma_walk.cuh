@@ -353,8 +353,8 @@ __global__ void __launch_bounds__(kTeam, 2)
         const int64_t entry = own_end ? span.slot : i;
         if (to.h.given()) write_state<kN>(h, to.h, entry, who, int(p.dstate), area);
         if (kMamba3)
-          write_parts(p, span.row, stop - 1, facts->slice, to, entry, carried(parity ^ 1), t.thread,
-                      kTeam);
+          write_parts(p, span.row, stop - 1, HeadSlice(who), to, entry, carried(parity ^ 1),
+                      t.thread, kTeam);
       }
       if (p.trap.given() && stop < span.seq_end) {
         // The weight of the last token alone.
